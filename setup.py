@@ -118,7 +118,7 @@ def build(folder):
         path.write_text(text)
     jobs = os.environ.get("MAX_JOBS")
     command = [ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
-    if subprocess.run(command).returncode:
+    if subprocess.run(command, check=False).returncode:
         raise CompileError("the compiler failed; its message is above (pip shows it with -v)")
 
 
