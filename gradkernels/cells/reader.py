@@ -1,0 +1,397 @@
+"""From the text of a straight-line function to a graph. Anything else is a SyntaxError at the author's own line and column."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import difflib
+import functools
+import linecache
+import math
+import types
+from typing import Any, NoReturn
+
+from .graph import COMPARES, MACROS, OPERATORS, RULES, VOCABULARY, Graph, Node, reach
+
+_NAMES = {  # what people call them
+    ast.If: "a branch",
+    ast.IfExp: "a branch",
+    ast.Match: "a branch",
+    ast.For: "a loop",
+    ast.While: "a loop",
+    ast.ListComp: "a loop",
+    ast.GeneratorExp: "a loop",
+    ast.BoolOp: "'and' or 'or'",
+    ast.Return: "an empty return",
+    ast.Assert: "an assertion",
+    ast.FunctionDef: "a function inside a function",
+    ast.Lambda: "a function inside a function",
+}
+
+
+class Group:
+    """x, r, s or p: leaves made when they are read, so that sizes are inferred."""
+
+    def __init__(self, graph: Graph, name: str):
+        self.graph, self.name = graph, name
+        self.read: set[int] = set()
+
+    @property
+    def size(self) -> int:
+        return max(self.read, default=-1) + 1
+
+    def __getitem__(self, k: int) -> Node:
+        self.read.add(k)
+        return self.graph.leaf(self.name, k)
+
+
+class Products(Group):
+    """r: `r[k]` is the product of s[0]; `r[k](v)` is the product of another value, the operand, of which a cell has one."""
+
+    def __init__(self, graph: Graph, name: str):
+        super().__init__(graph, name)
+        self.operand: Node | None = None
+        self.second: dict[int, tuple[Reader, ast.AST]] = {}  # gate -> where it was written
+
+    @property
+    def size(self) -> int:
+        return max([*self.read, *self.second], default=-1) + 1
+
+
+def fail(filename: str, node: ast.AST, message: str) -> NoReturn:
+    """SyntaxError at this node. Its columns count characters where ast counts bytes."""
+    place: Any = node  # every node that gets here has a position
+    line = linecache.getline(filename, place.lineno)
+    column = lambda offset: len(line.encode()[:offset].decode(errors="ignore")) + 1
+    end = column(place.end_col_offset) if place.end_lineno == place.lineno else len(line)
+    raise SyntaxError(message, (filename, place.lineno, column(place.col_offset), line, place.lineno, end))
+
+
+class Reader:
+    """Reads one function; helpers that it calls are read in place by readers of their own."""
+
+    def __init__(self, graph: Graph, filename: str = "<rule>", outer: dict | None = None, calls: tuple = ()):
+        self.graph, self.filename, self.outer, self.calls = graph, filename, outer or {}, calls
+        self.env: dict[str, Any] = {}
+        self.last: ast.AST | None = None  # the return statement, once read
+
+    def error(self, node: ast.AST, message: str) -> NoReturn:
+        fail(self.filename, node, message)
+
+    def refuse(self, node: ast.AST) -> NoReturn:
+        what = _NAMES.get(type(node), f"'{type(node).__name__.lower()}'")
+        hint = "; use where(condition, a, b)" if what == "a branch" else ""
+        self.error(node, f"a cell is straight-line arithmetic: {what} is not allowed{hint}")
+
+    # -- statements
+
+    def function(self, node: ast.FunctionDef | ast.Lambda, arguments: list) -> Any:
+        self.env = dict(zip([a.arg for a in node.args.args], arguments))
+        if isinstance(node, ast.Lambda):
+            self.last = node.body
+            return self.value(node.body)
+        for k, statement in enumerate(node.body):
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str())) if k == 0:  # docstring
+                    pass
+                case ast.Assign(targets=targets, value=value):
+                    result = self.value(value)
+                    for target in targets:
+                        self.assign(target, result)
+                case ast.AnnAssign(target=target, value=value) if value:
+                    self.assign(target, self.value(value))
+                case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
+                    before = ast.copy_location(ast.Name(name, ast.Load()), target)
+                    self.assign(target, self.binary(statement, op, self.scalar(before), self.scalar(value)))
+                case ast.Return(value=value) if value:
+                    self.last = value
+                    return self.value(value)
+                case _:
+                    self.refuse(statement)
+        self.error(node, "a cell must return its new states")
+
+    def assign(self, target: ast.AST, value: Any) -> None:
+        match target:
+            case ast.Name(id=name):
+                if isinstance(value, Node) and not value.is_leaf and value.name is None:
+                    value.name = name
+                self.env[name] = value
+            case (ast.Tuple(elts=elts) | ast.List(elts=elts)) if not isinstance(value, Node):
+                if isinstance(value, Group):
+                    value = [value[k] for k in range(len(elts))]
+                if len(elts) != len(value):
+                    self.error(target, f"{len(elts)} names for {len(value)} values")
+                for e, v in zip(elts, value):
+                    self.assign(e, v)
+            case _:
+                self.error(target, "only names and tuples of names can be assigned")
+
+    # -- expressions
+
+    def scalar(self, node: ast.AST) -> Node:
+        value = self.value(node)
+        if not isinstance(value, Node):
+            self.error(node, "a single value is wanted here, not a group of them; index it, as in x[0]")
+        return value
+
+    def value(self, node: ast.AST) -> Any:
+        match node:
+            case ast.Constant(value=(int() | float()) as number) if not isinstance(number, bool):
+                return self.constant(node, number)
+            case ast.Name(id=name):
+                return self.env[name] if name in self.env else self.foreign(node, self.resolve(node, name))
+            case ast.Attribute():
+                return self.foreign(node, self.attribute(node))
+            case ast.Tuple(elts=elts) | ast.List(elts=elts):
+                return tuple(self.value(e) for e in elts)
+            case ast.Subscript(value=group, slice=index):
+                values, k = self.value(group), self.index(index)
+                if isinstance(values, Node):
+                    self.error(node, "a value cannot be indexed: a cell sees one unit of one row at a time")
+                if isinstance(values, Products) and k in values.second:
+                    self.error(node, f"r[{k}] is the product of another value elsewhere; it can be only one of the two")
+                if not isinstance(values, Group) and k >= len(values):
+                    self.error(node, f"index {k} in a tuple of {len(values)}")
+                return values[k]
+            case ast.UnaryOp(op=ast.USub(), operand=a):
+                return self.apply(node, "neg", self.scalar(a))
+            case ast.UnaryOp(op=ast.UAdd(), operand=a):
+                return self.scalar(a)
+            case ast.BinOp(left=a, op=op, right=b):
+                return self.binary(node, op, self.scalar(a), self.scalar(b))
+            case ast.Call(func=f, args=args, keywords=keywords):
+                return self.call(node, f, args, keywords)
+            case ast.Compare():
+                self.error(node, "a comparison is the condition of where(condition, a, b) and nothing else")
+        self.refuse(node)
+
+    def condition(self, node: ast.AST) -> Node:
+        match node:
+            case ast.Name(id=name) if isinstance(self.env.get(name), Node):
+                value = self.env[name]
+                if value.op in COMPARES.values():
+                    return value
+            case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in COMPARES:
+                values = self.scalar(a), self.scalar(b)
+                if all(v.op == "const" for v in values):
+                    self.error(node, "both sides of this comparison are numbers")
+                return self.graph.call(COMPARES[type(op)], *values)
+        self.error(node, "a condition is one comparison: a < b, a <= b, a > b or a >= b")
+
+    def index(self, node: ast.AST) -> int:
+        match node:
+            case ast.Constant(value=int() as k) if not isinstance(k, bool):
+                return k
+            case ast.UnaryOp(op=ast.USub()):
+                self.error(node, "an index counts from 0: how many values there are is inferred from the largest one")
+        self.error(node, "an index must be a plain number")
+
+    def constant(self, node: ast.AST, number: float) -> Node:
+        try:
+            return self.graph.const(number)
+        except (ArithmeticError, ValueError) as e:
+            self.error(node, str(e))
+
+    def apply(self, node: ast.AST, op: str, *args: Node) -> Node:
+        try:
+            return self.graph.call(op, *args)
+        except (ArithmeticError, ValueError) as e:
+            self.error(node, f"this has no finite value: {e}")
+
+    def binary(self, node: ast.AST, op: ast.AST, a: Node, b: Node) -> Node:
+        if type(op) not in OPERATORS:
+            self.error(node, f"operator {type(op).__name__} is not elementwise arithmetic; a cell has + - * / **")
+        if isinstance(op, ast.Pow) and b.op != "const":
+            self.error(node, "a power must be a number; write exp(b * log(a))")
+        return self.apply(node, OPERATORS[type(op)], a, b)
+
+    # -- calls
+
+    def call(self, node: ast.Call, f: ast.AST, args: list, keywords: list) -> Any:
+        if keywords or any(isinstance(a, ast.Starred) for a in args):
+            self.error(node, "functions of a cell take plain positional arguments")
+        target: Any
+        if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name) and isinstance(self.env.get(f.value.id), Products):
+            return self.product(node, self.env[f.value.id], self.index(f.slice), args)
+        if isinstance(f, ast.Name) and f.id not in self.env:
+            target = self.resolve(f, f.id)
+        elif isinstance(f, ast.Attribute) and _root(f) not in (None, *self.env):
+            target = self.attribute(f)
+        else:
+            self.error(node, f"methods are not allowed on a value; functions of a cell are {', '.join(VOCABULARY)}")
+        if isinstance(target, str):
+            return self.known(node, target, args)
+        if isinstance(target, types.FunctionType):  # the author's own helper: read in place
+            return self.helper(node, target, [self.value(a) for a in args])
+        self.error(f, f"{ast.unparse(f)} is no function of a cell; those are {', '.join(VOCABULARY)}")
+
+    def known(self, node: ast.Call, name: str, args: list) -> Node:
+        wanted = (RULES.get(name) or MACROS[name])[0]
+        if len(args) != len(wanted):
+            count = f"{len(wanted)} argument{'s' * (len(wanted) != 1)}"
+            self.error(node, f"{name}({', '.join(wanted)}) takes {count}, {len(args)} given")
+        if name == "where":
+            return self.apply(node, name, self.condition(args[0]), self.scalar(args[1]), self.scalar(args[2]))
+        values = [self.scalar(a) for a in args]
+        if name == "pow":
+            return self.binary(node, ast.Pow(), *values)
+        if name in MACROS:
+            return self.text(MACROS[name][1], dict(zip(wanted, values)), node)
+        return self.apply(node, name, *values)
+
+    def helper(self, node: ast.Call, function: types.FunctionType, values: list) -> Any:
+        if function in self.calls:
+            self.error(node, f"{function.__name__} calls itself")
+        body, filename = find(function)
+        if len(body.args.args) != len(values):
+            self.error(node, f"{function.__name__} takes {len(body.args.args)} arguments, {len(values)} given")
+        return Reader(self.graph, filename, scope(function), (*self.calls, function)).function(body, values)
+
+    def product(self, node: ast.Call, r: Products, k: int, args: list) -> Node:
+        """r[k](v)"""
+        if len(args) != 1:
+            self.error(node, f"r[{k}](v) is the product of one value, {len(args)} given")
+        v = self.scalar(args[0])
+        if v is self.graph.leaf("s", 0):  # that is r[k] itself
+            return self.value(node.func)
+        if v.op == "const":
+            self.error(node, f"r[{k}](v) is the product of a value, not of a number")
+        for gate in (*r.second, k):
+            if self.graph.leaf(r.name, gate) in reach([v]):
+                self.error(node, f"r[{k}](v) needs a v that does not depend on r[{gate}], a product of v itself")
+        if r.operand not in (None, v):
+            self.error(node, "a cell has one operand: another product was taken of another value")
+        if k in r.read:
+            self.error(node, f"r[{k}] is the product of s[0] elsewhere; it can be only one of the two")
+        r.operand = v
+        r.second.setdefault(k, (self, node))
+        return self.graph.leaf(r.name, k)
+
+    def text(self, text: str, env: dict, at: ast.AST | None = None) -> Node:
+        """An expression of ours, such as a rule, over nodes; an error in it is reported where the author called for it."""
+        inner = _Inner(self.graph, self, at) if at else Reader(self.graph)
+        inner.env = env
+        return inner.scalar(_parse(text))
+
+    # -- names
+
+    def attribute(self, node: ast.Attribute) -> Any:
+        match node.value:
+            case ast.Name(id=name):
+                value = self.resolve(node, name)
+            case ast.Attribute():
+                value = self.attribute(node.value)
+            case _:
+                self.refuse(node)
+        value = getattr(value, node.attr, None)
+        if value is None:
+            self.error(node, f"unknown name '{ast.unparse(node)}'")
+        return _meaning(value)
+
+    def resolve(self, node: ast.AST, name: str) -> Any:
+        """The author's own binding, else the vocabulary."""
+        if name in self.outer:
+            return _meaning(self.outer[name])
+        if name in VOCABULARY:
+            return name
+        near = difflib.get_close_matches(name, [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))], 1)
+        hint = f"did you mean {near[0]}? F" if near else "f"
+        self.error(node, f"unknown name '{name}'; {hint}unctions of a cell are {', '.join(VOCABULARY)}")
+
+    def foreign(self, node: ast.AST, value: Any) -> Any:
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+        if number(value):
+            return self.constant(node, value)
+        if isinstance(value, tuple) and all(map(number, value)):
+            return tuple(self.constant(node, v) for v in value)
+        what = "function" if isinstance(value, str) and value in VOCABULARY else type(value).__name__
+        self.error(node, f"'{ast.unparse(node)}' is a {what}; a cell can use numbers and call functions from outside")
+
+
+class _Inner(Reader):
+    """Reads a text of ours and reports errors in it where the author caused them."""
+
+    def __init__(self, graph: Graph, author: Reader, at: ast.AST):
+        super().__init__(graph)
+        self.author, self.at = author, at
+
+    def error(self, node: ast.AST, message: str) -> NoReturn:
+        self.author.error(self.at, message)
+
+
+@functools.cache
+def _parse(text: str) -> ast.AST:
+    return ast.parse(text, mode="eval").body
+
+
+def _root(node: ast.AST) -> str | None:
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _meaning(value: Any) -> Any:
+    try:
+        return _known_functions().get(value, value)
+    except TypeError:  # unhashable
+        return value
+
+
+@functools.cache
+def _known_functions() -> dict[Any, str]:
+    """Functions that the author may have imported, by identity."""
+    import torch
+    import torch.nn.functional as F
+
+    known: dict[Any, str] = {getattr(builtins, n): n for n in ("abs", "min", "max", "pow")}
+    for n in VOCABULARY:
+        for module in (torch, F, math):
+            if callable(getattr(module, n, None)):
+                known[getattr(module, n)] = n
+    known |= {torch.minimum: "min", torch.maximum: "max", math.fabs: "abs"}
+    del known[torch.mean]  # reduces over everything: not the mean over units
+    return known
+
+
+def scope(function: types.FunctionType) -> dict[str, Any]:
+    """What the names of a function mean: its closure over its globals."""
+    names = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            names[name] = cell.cell_contents
+        except ValueError:  # not assigned yet: an unknown name if it is used
+            names.pop(name, None)
+    return names
+
+
+def find(function: types.FunctionType) -> tuple[ast.FunctionDef | ast.Lambda, str]:
+    """The syntax tree of a function with its file's own line numbers, and the file; lambdas on one line by their column."""
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    place = (code.co_filename, code.co_firstlineno, 1, lines[code.co_firstlineno - 1] if len(lines) >= code.co_firstlineno else "")
+    if not lines:
+        raise SyntaxError(f"the source text of '{function.__name__}' is not available: a cell must come from a file or a notebook cell", place)
+    found: list[ast.FunctionDef | ast.Lambda] = []
+    names = list(code.co_varnames[: code.co_argcount])
+    for node in ast.walk(ast.parse("".join(lines), code.co_filename)):
+        if isinstance(node, ast.FunctionDef) and node.name == function.__name__:
+            if code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list)):
+                found.append(node)
+        elif isinstance(node, ast.Lambda) and code.co_name == "<lambda>" and node.lineno == code.co_firstlineno:
+            if [a.arg for a in node.args.args] == names and _inside(code, node.body):
+                found.append(node)
+    if not found:
+        raise SyntaxError(f"'{function.__name__}' was not found in {code.co_filename}: has the file changed since?", place)
+    if len(found) > 1 and not hasattr(code, "co_positions"):
+        raise SyntaxError("lambdas on one line cannot be told apart before Python 3.11; give each a line of its own", place)
+    return found[-1], code.co_filename  # the innermost
+
+
+def _inside(code: types.CodeType, body: Any) -> bool:
+    """Whether the first instruction of this code lies in this expression."""
+    if not hasattr(code, "co_positions"):
+        return True
+    for line, end_line, column, end_column in code.co_positions():
+        if None not in (line, column) and line == end_line and column != end_column:
+            return (body.lineno, body.col_offset) <= (line, column) <= (body.end_lineno, body.end_col_offset)
+    return True
