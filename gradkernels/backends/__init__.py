@@ -1,0 +1,82 @@
+"""Where a kernel can run, and which backend takes a call.
+
+A backend is a module with `forward`, `backward` and `why_not`; `reference.py` says what they take and return.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from gradkernels.cells import CELLS, Cell
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = ("reference", "cpu")
+_PREFERRED = {"cpu": "cpu"}  # device type -> the backend to try first; `reference` runs wherever torch does
+_chosen: dict[tuple[object, ...], ModuleType] = {}
+_thread = threading.local()
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module; ValueError when there is none of that name."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None when it can run here, else the reason and how to get it.
+
+    >>> import gradkernels as gk
+    >>> gk.backends()["reference"] is None
+    True
+    """
+    return {name: load(name).why_not() for name in NAMES}
+
+
+def choose(backend: str | None, cell: Cell, dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module that runs this call: the one named, or the best that can.
+
+    ValueError for an unknown name; RuntimeError, with the reason, when the backend that was named cannot run this call."""
+    key = (backend, cell, dtype, device.type)
+    found = _chosen.get(key)
+    if found is None:
+        name = backend or _PREFERRED.get(device.type, "reference")
+        reason = _why_not(name, cell, dtype, device)
+        if reason is not None and backend is not None:
+            raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device.type}: {reason}")
+        found = _chosen[key] = load(name if reason is None else "reference")
+    return found
+
+
+def _why_not(name: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+    module = load(name)
+    if name != "reference" and CELLS.get(cell.name) != cell:  # compiled code knows cells by name
+        return f"{cell.name!r} is not one of the package's cells, which are {', '.join(CELLS)}"
+    return module.why_not(cell, dtype, device)
+
+
+def ran(module: ModuleType) -> None:
+    """Note that this backend runs the call at hand."""
+    _thread.last = module.__name__
+
+
+def last() -> str | None:
+    """Name of the backend that ran last in this thread; None before the first call."""
+    name = getattr(_thread, "last", None)
+    return None if name is None else name.rpartition(".")[2]
+
+
+class _Callable(ModuleType):
+    """`gk.backends` is this package and, called, the table of what can run."""
+
+    def __call__(self) -> dict[str, str | None]:
+        return backends()
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,380 @@
+"""The reference backend: the recurrence as a loop of torch operations, on any device, differentiable to any order.
+
+Besides being a backend it is where derivatives of derivatives come from: every function here is made of differentiable
+torch operations only, so autograd, forward mode and vmap pass through it.
+
+Dims: T steps, B batch, I inputs, H hidden units, R width of the first state (H, or the rows of weight_hr), G gates,
+S states, A kept values, Q gates whose recurrent product is taken of another value than the state, N rows of all steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradkernels.cells import Cell
+
+Tensors = Sequence[Tensor | None]
+
+
+def why_not(
+    cell: Cell | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+# ---------------------------------------------------------------- rows and steps
+
+
+class Layout:
+    """Which rows of a flat [N, width] tensor make up each step, and back.
+
+    A padded batch with `lengths` is gathered into packed order, rows of the batch by length, the longest first."""
+
+    def __init__(self, x: Tensor, B: int, batch_sizes: Tensor | None, lengths: Tensor | None):
+        self.lead = x.shape[:-1]  # of everything that has one row per row of x
+        self.index = self.order = None
+        self.batch_sizes = batch_sizes
+        if lengths is not None:
+            T, lengths = x.shape[0], lengths.to(x.device)
+            self.order = lengths.argsort(descending=True, stable=True)
+            self.inverse = self.order.argsort()
+            t = torch.arange(T, device=x.device).unsqueeze(1)
+            live = t < lengths[self.order]  # [T, B]
+            self.index = (t * B + self.order)[live]
+            self.batch_sizes = live.sum(1).cpu()
+        if self.batch_sizes is None:
+            self.steps = [(t * B, B) for t in range(x.shape[0])]
+        else:
+            self.steps, first = [], 0
+            for n in self.batch_sizes.tolist():
+                self.steps.append((first, n))
+                first += n
+
+    def rows(self, v: Tensor | None) -> Tensor | None:
+        """[*lead, width] -> [rows of all steps, width]"""
+        if v is None:
+            return None
+        v = v.reshape(-1, v.shape[-1])
+        return v if self.index is None else v.index_select(0, self.index)
+
+    def kept(self, v: Tensor) -> Tensor:
+        """The same of [N, ...], one row per row of x already."""
+        return v if self.index is None else v.index_select(0, self.index)
+
+    def spread(self, v: Tensor, *shape: int) -> Tensor:
+        """Back from rows of all steps, zero where there was none; `shape` replaces the rows, `lead` being understood."""
+        if self.index is not None:
+            N = self.lead[0] * self.lead[1]
+            v = v.new_zeros(N, *v.shape[1:]).index_copy(0, self.index, v)
+        return v.reshape(*(shape or self.lead), *v.shape[1:])
+
+    def batch(self, v: Tensor | None) -> Tensor | None:
+        """[B, width] in the order of packed rows."""
+        return v if v is None or self.order is None else v.index_select(0, self.order)
+
+    def unbatch(self, v: Tensor) -> Tensor:
+        return v if self.order is None else v.index_select(0, self.inverse)
+
+
+def precise(v: Tensor | None) -> Tensor | None:
+    """16-bit storage, 32-bit arithmetic."""
+    return v.float() if v is not None and v.dtype in (torch.float16, torch.bfloat16) else v
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast has been applied to the arguments; inside, the arithmetic is ours to choose."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def project(x: Tensor, weight_ih: Tensor | None, bias_ih: Tensor | None) -> Tensor:
+    return x if weight_ih is None else F.linear(x, weight_ih, bias_ih)
+
+
+def split(v: Tensor, H: int) -> tuple[Tensor, ...]:
+    """[n, k*H] -> k tensors [n, H]"""
+    return v.unflatten(1, (v.shape[1] // H, H)).unbind(1)
+
+
+def advance(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """The rows that took part move on; the others keep what they have."""
+    return [v if v.shape[0] == u.shape[0] else torch.cat([v, u[v.shape[0] :]]) for v, u in zip(new, old)]
+
+
+def join(parts: Sequence[Tensor], like: Tensor, *width: int) -> Tensor:
+    return torch.cat(list(parts)) if parts else like.new_empty(0, *width)
+
+
+# ---------------------------------------------------------------- the recurrence over rows
+
+
+def unroll(cell, gates, w_hh, b_hh, w_hr, state, steps, reverse):
+    """gates [N, G*H] -> state sequences [N, R], [N, H] ...; final states; output before projection; kept [N, A, H]."""
+    H, s = w_hh.shape[0] // cell.G, list(state)
+    K = w_hh.shape[0] - len(cell.second) * H  # rows of weight_hh whose product is taken of the state
+    b_first, b_second = (None, None) if b_hh is None else (b_hh[:K], b_hh[K:])
+    seq, raw, acts = [[None] * len(steps) for _ in s], [None] * len(steps), [None] * len(steps)
+    for k in reversed(range(len(steps))) if reverse else range(len(steps)):
+        o, n = steps[k]
+        x, before = split(gates[o : o + n], H), [v[:n] for v in s]
+        r = split(F.linear(before[0], w_hh[:K], b_first), H)
+        if cell.second:
+            r = (*r, *split(F.linear(cell.operand(x, r, before), w_hh[K:], b_second), H))
+        t, a = cell.forward(x, r, before)
+        acts[k] = torch.stack(tuple(a), 1) if a else x[0].new_empty(n, 0, H)
+        raw[k], t = t[0], (t[0] if w_hr is None else F.linear(t[0], w_hr), *t[1:])
+        for j, v in enumerate(t):
+            seq[j][k] = v
+        s = advance(t, s)
+    seq = [join(v, gates, u.shape[1]) for v, u in zip(seq, state)]
+    return seq, s, None if w_hr is None else join(raw, gates, H), join(acts, gates, cell.A, H)
+
+
+def unroll_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, reverse, norms):
+    """BPTT. grads: one per state sequence, then one per final state; None is zero.
+
+    -> dgates [N, G*H]; dr [N, G*H], the same tensor when no gate is split; v [N, H] or None; dproj [N, R] or None; dstate;
+    and per step [T, S + 1] the squared norms of the states' adjoints and the number of rows, in float64: the square of any
+    float32 fits, and squares add up."""
+    S, H, order = cell.S, acts.shape[2], list(range(len(steps)))
+    K = w_hh.shape[0] - len(cell.second) * H
+    if reverse:
+        order.reverse()
+    ds = [torch.zeros_like(v) if g is None else g for v, g in zip(state, grads[S:])]
+    dgates, dr, operand, dproj, size = ([None] * len(steps) for _ in range(5))
+    for i in reversed(range(len(order))):
+        k = order[i]
+        o, n = steps[k]
+        po, pn = steps[order[i - 1]] if i else (0, 0)
+        m = min(n, pn)  # rows that come from the step before; the others start here
+        before = [
+            u[:n] if m == 0 else q[po : po + m] if m == n else torch.cat([q[po : po + m], u[m:n]])
+            for q, u in zip(seq, state)
+        ]
+        dt = [d[:n] if g is None else d[:n] + g[o : o + n] for d, g in zip(ds, grads)]
+        after, own = [q[o : o + n] for q in seq], dt[0]
+        if w_hr is not None:
+            dproj[k], dt[0], after[0] = own, own @ w_hr, raw[o : o + n]
+        a = acts[o : o + n].unbind(1)
+        if cell.second:
+            operand[k], late = cell.second_adjoint(a, before, after, dt)
+            x, r, s, total = cell.backward(a, before, after, dt, torch.cat(tuple(late), 1) @ w_hh[K:])
+        else:
+            x, r, s, total = cell.backward(a, before, after, dt)
+        if norms:
+            squares = [v.double().square().sum() for v in (own, *total[1:])]
+            size[k] = torch.stack([*squares, own.new_full((), n, dtype=torch.double)])
+        dgates[k] = torch.cat(tuple(x), 1)
+        dr[k] = torch.cat(tuple(r), 1) if cell.split else dgates[k]
+        ds = advance([dr[k][:, :K] @ w_hh[:K] + s[0], *s[1:]], ds)
+    width = w_hh.shape[0]
+    dgates = join(dgates, acts, width)
+    return (
+        dgates,
+        join(dr, acts, width) if cell.split else dgates,
+        join(operand, acts, H) if cell.second else None,
+        None if w_hr is None else join(dproj, acts, w_hr.shape[0]),
+        ds,
+        (torch.stack(size) if size else acts.new_empty(0, S + 1, dtype=torch.double)) if norms else None,
+    )
+
+
+def unroll_tangent(cell, primal, moving, steps, reverse):
+    """Forward mode of `unroll`: (gates, w_hh, b_hh, w_hr, *state) and their tangents, None being zero."""
+    (gates, w_hh, b_hh, w_hr, *s), (dgates, dw, db, dwr, *d) = primal, moving
+    H = w_hh.shape[0] // cell.G
+    K = w_hh.shape[0] - len(cell.second) * H
+    state, out = s, [[None] * len(steps) for _ in s]
+    d = [torch.zeros_like(v) if g is None else g for v, g in zip(s, d)]
+
+    def product(v, dv, rows):
+        """(W v + b, its tangent) for those rows of weight_hh."""
+        part = lambda u: None if u is None else u[rows]
+        tangent = F.linear(dv, w_hh[rows], part(db))
+        return split(F.linear(v, w_hh[rows], part(b_hh)), H), split(
+            tangent if dw is None else tangent + F.linear(v, dw[rows]), H
+        )
+
+    for k in reversed(range(len(steps))) if reverse else range(len(steps)):
+        o, n = steps[k]
+        x, before, dbefore = split(gates[o : o + n], H), [v[:n] for v in s], [v[:n] for v in d]
+        dx = split(dgates[o : o + n], H)
+        r, dr = product(before[0], dbefore[0], slice(0, K))
+        if cell.second:
+            r2, dr2 = product(*cell.operand_tangent(x, r, before, dx, dr, dbefore), slice(K, None))
+            r, dr = (*r, *r2), (*dr, *dr2)
+        new, tan = cell.tangent(x, r, before, dx, dr, dbefore)
+        if w_hr is not None:
+            tan = (F.linear(tan[0], w_hr) + (0 if dwr is None else F.linear(new[0], dwr)), *tan[1:])
+            new = (F.linear(new[0], w_hr), *new[1:])
+        for j, v in enumerate(tan):
+            out[j][k] = v
+        s, d = advance(new, s), advance(tan, d)
+    return [join(v, gates, u.shape[1]) for v, u in zip(out, state)], d
+
+
+# ---------------------------------------------------------------- weight gradients
+
+
+def previous(y: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """The state entering every packed row, [N, R], by an index."""
+    N, B = y.shape[0], h0.shape[0]
+    row, sizes = torch.arange(N, device=y.device), batch_sizes.to(y.device)
+    step = torch.repeat_interleave(torch.arange(sizes.shape[0], device=y.device), sizes, output_size=N)
+    j, none = row - (sizes.cumsum(0) - sizes)[step], sizes.new_zeros(1)
+    if reverse:
+        index = torch.where(j < torch.cat([sizes[1:], none])[step], B + row + sizes[step], j)
+    else:
+        index = torch.where(step == 0, j, B + row - torch.cat([none, sizes[:-1]])[step])
+    return torch.cat([h0, y])[index]
+
+
+def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_sizes, reverse, need, mapped=None):
+    """Gradients of (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr), in that order, those that `need[1:]` asks for.
+
+    Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], x [N, I], y [N, R], raw [N, H]; h0 [B, R].
+    `mapped`: rows of so many independent batches lie side by side, [N * mapped, ...], and so do those of h0; each gradient
+    then has a leading dimension of that size."""
+    if mapped is not None:
+        apart = lambda v: v.reshape(v.shape[0] // mapped, mapped, v.shape[1])
+        product = lambda a, b: torch.bmm(apart(a).permute(1, 2, 0), apart(b).transpose(0, 1))
+        total = lambda a: apart(a).sum(0)
+    else:
+        product, total = lambda a, b: a.t() @ b, lambda a: a.sum(0)
+    H = dr.shape[1] // cell.G
+    K = dr.shape[1] - len(cell.second) * H
+    out = []
+    if need[1]:
+        out.append(product(dgates, x))
+    if need[2]:
+        out.append(total(dgates))
+    if need[3]:
+        first = dr[:, :K]
+        if batch_sizes is not None:
+            dw = product(first, previous(y, h0, batch_sizes, reverse))
+        else:
+            n = max(0, y.shape[0] - h0.shape[0])
+            start, others, before = (
+                (first[n:], first[:n], y[y.shape[0] - n :])
+                if reverse
+                else (first[: first.shape[0] - n], first[first.shape[0] - n :], y[:n])
+            )
+            dw = product(start, h0[: start.shape[0]]) + product(others, before)
+        out.append(torch.cat([dw, product(dr[:, K:], operand)], -2) if cell.second else dw)
+    if need[4]:
+        out.append(total(dr))
+    if need[5]:
+        out.append(product(dproj, raw))
+    return out
+
+
+# ---------------------------------------------------------------- the backend
+
+
+def forward(
+    cell: Cell,
+    x: Tensor,  # [T, B, I] or [N, I] with batch_sizes; the gates, G*H wide, without weight_ih
+    weight_ih: Tensor | None,  # [G*H, I]
+    bias_ih: Tensor | None,  # [G*H]
+    weight_hh: Tensor,  # [G*H, R]
+    bias_hh: Tensor | None,  # [G*H]
+    weight_hr: Tensor | None,  # [R, H]
+    state: Sequence[Tensor],  # S of [B, R], [B, H] ...
+    batch_sizes: Tensor | None,  # [T]
+    lengths: Tensor | None,  # [B]
+    reverse: bool,
+    keep: int,
+) -> list[Tensor]:
+    """[y, (other state sequences,) *final states, (raw,) (acts)]; see the op for `keep`."""
+    dtype, at = x.dtype, Layout(x, state[0].shape[0], batch_sizes, lengths)
+    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = map(
+        precise, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    )
+    with no_autocast(x.device):
+        gates = project(at.rows(x), weight_ih, bias_ih)
+        first = [at.batch(precise(v)) for v in state]
+        seq, final, raw, acts = unroll(cell, gates, weight_hh, bias_hh, weight_hr, first, at.steps, reverse)
+    N = x.reshape(-1, x.shape[-1]).shape[0]
+    out = [at.spread(v).to(dtype) for v in (seq if keep else seq[:1])]
+    out += [at.unbatch(v).to(dtype, copy=True) for v in final]  # without a step they are the initial ones
+    if keep == 2:
+        out += [at.spread(v, N).to(dtype) for v in (raw, acts) if v is not None]
+    return out
+
+
+def backward(
+    cell: Cell,
+    grads: Tensors,  # S like the sequences, S like the final states; None is zero
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    saved: Sequence[Tensor],  # S sequences [.., R], [.., H] ..., (raw [N, H],) acts [N, A, H]
+    state: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    need: Sequence[bool],
+    gates: bool,
+    norms: bool,
+) -> list[Tensor]:
+    """[each needed gradient of x and the weights, *dstate, (norms)], or with `gates` what those are made of; see the op."""
+    S, dtype, at = cell.S, x.dtype, Layout(x, state[0].shape[0], batch_sizes, lengths)
+    x, weight_ih, weight_hh, weight_hr = map(precise, (x, weight_ih, weight_hh, weight_hr))
+    seq, acts = [at.rows(precise(v)) for v in saved[:S]], at.kept(precise(saved[-1]))
+    raw = None if weight_hr is None else at.kept(precise(saved[S]))
+    first = [at.batch(precise(v)) for v in state]
+    grads = [at.rows(precise(g)) if k < S else at.batch(precise(g)) for k, g in enumerate(grads)]
+    with no_autocast(x.device):
+        dgates, dr, operand, dproj, ds, size = unroll_backward(
+            cell, grads, weight_hh, weight_hr, seq, raw, acts, first, at.steps, reverse, norms
+        )
+        if gates:
+            parts = [dgates, dr if cell.split else None, operand, dproj]
+            out = [at.spread(v) for v in parts if v is not None]
+        else:
+            out = []
+            if need[0]:
+                out.append(at.spread(dgates if weight_ih is None else dgates @ weight_ih))
+            rows = at.rows(x) if need[1] else None
+            out += weight_gradients(
+                cell, dgates, dr, operand, dproj, rows, seq[0], raw, first[0], at.batch_sizes, reverse, need
+            )
+    out = [*(v.to(dtype) for v in out), *(at.unbatch(v).to(dtype, copy=True) for v in ds)]
+    return [*out, size] if norms else out
+
+
+def tangent(cell, primal, moving, state, dstate, batch_sizes, lengths, reverse):
+    """Forward mode: tangents of the state sequences and of the final states.
+
+    primal: (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr); moving: their tangents; None is zero."""
+    dtype, at = primal[0].dtype, Layout(primal[0], state[0].shape[0], batch_sizes, lengths)
+    (x, w_ih, b_ih, w_hh, b_hh, w_hr), (dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr) = (
+        map(precise, primal),
+        map(precise, moving),
+    )
+    with no_autocast(x.device):
+        x = at.rows(x)
+        gates = project(x, w_ih, b_ih)
+        terms = [
+            None if dx is None else project(at.rows(dx), w_ih, None),
+            None if dw_ih is None else F.linear(x, dw_ih),
+            db_ih,
+        ]
+        dgates = torch.zeros_like(gates)
+        for term in terms:
+            dgates = dgates if term is None else dgates + term
+        values = [at.batch(precise(v)) for v in state], [at.batch(precise(v)) for v in dstate]
+        seq, final = unroll_tangent(
+            cell, (gates, w_hh, b_hh, w_hr, *values[0]), (dgates, dw_hh, db_hh, dw_hr, *values[1]), at.steps, reverse
+        )
+    return [at.spread(v).to(dtype) for v in seq], [at.unbatch(v).to(dtype) for v in final]

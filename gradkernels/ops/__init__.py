@@ -1,0 +1,5 @@
+"""Functions: arguments are checked here once, then a kernel runs, and all of it can be differentiated to any order."""
+
+from gradkernels.ops.recurrent import recurrent
+
+__all__ = ["recurrent"]

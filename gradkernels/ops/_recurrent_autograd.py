@@ -1,0 +1,447 @@
+"""Derivatives of the two operators: one autograd Function for each, so that what is differentiated can be differentiated again.
+
+First derivatives are the backward operator; everything beyond comes from the reference, in torch operations. Each Function
+exists twice: Dynamo refuses one that has a `jvp`, so compiled code takes the base and eager code a subclass with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gradkernels.backends import reference
+from gradkernels.ops import _recurrent_op as op
+
+# ---------------------------------------------------------------- vmap: the mapped dimension joins the batch
+
+
+def fold(v, d, axis, N):
+    """The mapped dimension goes in after the one that counts rows, so that every row becomes N rows side by side: steps stay
+    in order, in a packed batch too."""
+    if v is None:
+        return None
+    v = v.unsqueeze(0).expand(N, *v.shape) if d is None else v.movedim(d, 0)
+    return v.movedim(0, axis + 1).flatten(axis, axis + 1)
+
+
+def unfold(v, axis, N):
+    """Rows apart again; the mapped dimension is then `axis + 1`."""
+    return v.unflatten(axis, (v.shape[axis] // N, N))
+
+
+def fold_steps(batch_sizes, lengths, N):
+    return None if batch_sizes is None else batch_sizes * N, None if lengths is None else lengths.repeat_interleave(N)
+
+
+def each(N, dims, args, call):
+    """One call per element: where weights differ there is nothing to share."""
+    outs = [call(*[v if d is None else v.select(d, k) for v, d in zip(args, dims)]) for k in range(N)]
+    return tuple(torch.stack(v) for v in zip(*outs)), (0,) * len(outs[0])
+
+
+def mapped_forward(N, dims, args, call, sequences):
+    """vmap of `Recurrent`: arguments as its forward takes them -> outputs, the first of them sequences, and where their mapped
+    dimension is."""
+    if any(d is not None for d in (*dims[3:5], *dims[6:12])):
+        return each(N, dims, args, call)
+    x, state = args[5], args[12:]
+    row = x.dim() - 2 - (dims[5] is not None)  # the dimension of x that counts rows of a step
+    steps = fold_steps(*args[3:5], N)
+    out = call(
+        *args[:3], *steps, fold(x, dims[5], row, N), *args[6:12], *(fold(v, d, 0, N) for v, d in zip(state, dims[12:]))
+    )
+    axes = [row] * sequences + [0] * (len(out) - sequences)
+    return tuple(unfold(v, axis, N) for v, axis in zip(out, axes)), tuple(axis + 1 for axis in axes)
+
+
+def mapped_backward(N, dims, args, call):
+    """vmap of `RecurrentBackward`: one call for the parts, weight gradients as batched products of them."""
+    cell, reverse, backend, need, gates, norms, batch_sizes, lengths, *tensors = args
+    c, at = op.cell_of(cell), dims[8:]
+    S = c.S
+    if norms or any(d is not None for d in (*dims[6:8], *at[1:6])):
+        return each(N, dims, args, call)
+    n = len(tensors) - 6 - 3 * S  # saved tensors
+    row = tensors[0].dim() - 2 - (at[0] is not None)
+    axes = [row, *[None] * 5, *[0] * S, *[row] * S, *[0] * (n - S), *[row] * S, *[0] * S]
+    folded = [v if axis is None or v is None else fold(v, d, axis, N) for v, d, axis in zip(tensors, at, axes)]
+    many, long = fold_steps(batch_sizes, lengths, N)
+    out = call(cell, reverse, backend, need, True, norms, many, long, *folded)
+    parts, dstate = out[: len(out) - S], out[len(out) - S :]
+    ends = [unfold(v, 0, N) for v in dstate], [1] * S
+    if gates:
+        return (*(unfold(v, row, N) for v in parts), *ends[0]), (*[row + 1] * len(parts), *ends[1])
+    x, w_ih, state = folded[0], tensors[1], folded[6 : 6 + S]
+    got, where = [], []
+    if need[0]:
+        got.append(unfold(parts[0] if w_ih is None else parts[0] @ w_ih, row, N))
+        where.append(row + 1)
+    if any(need[1:]):
+        left = iter(parts[1:])
+        layout = reference.Layout(x, state[0].shape[0], many, long)
+        rows = lambda v: layout.rows(reference.precise(v))
+        dgates = rows(parts[0])
+        dr = rows(next(left)) if c.split else dgates
+        operand = rows(next(left)) if c.second else None
+        dproj, raw = (
+            (None, None)
+            if tensors[5] is None
+            else (rows(next(left)), layout.kept(reference.precise(folded[6 + 2 * S])))
+        )
+        y, h0 = rows(folded[6 + S]), layout.batch(reference.precise(state[0]))
+        with reference.no_autocast(x.device):
+            products = reference.weight_gradients(
+                c, dgates, dr, operand, dproj, rows(x), y, raw, h0, layout.batch_sizes, reverse, need, mapped=N
+            )
+        got += [v.to(x.dtype) for v in products]
+        where += [0] * len(products)
+    return (*got, *ends[0]), (*where, *ends[1])
+
+
+# ---------------------------------------------------------------- the two Functions
+
+
+class Recurrent(Function):
+    """(state sequences, final states, (raw,) acts) of (x, weights, state).
+
+    The input projection is inside: double backward then needs x, not the gates, which are G planes more to keep."""
+
+    @staticmethod
+    def forward(cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, probe, *state):
+        return tuple(
+            op.forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), batch_sizes, lengths, reverse, 2, backend)
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, probe, *state = inputs
+        S = len(state)
+        ctx.spec = cell, reverse, backend, S, None if probe is None else probe.shape
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2 * S :])
+        keep = batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *output[:S], *output[2 * S :]
+        ctx.save_for_backward(*keep)
+        ctx.save_for_forward(*keep)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cell, reverse, backend, S, probe = ctx.spec
+        batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *rest = ctx.saved_tensors
+        state, saved, grads = rest[:S], rest[S:], list(grads[: 2 * S])
+        need = list(ctx.needs_input_grad[5:11])
+        norms = probe is not None and ctx.needs_input_grad[11]
+        if torch.compiler.is_compiling() or not differentiated():  # a compiled graph has no second derivative
+            out = op.backward(
+                cell,
+                grads,
+                x,
+                w_ih,
+                w_hh,
+                w_hr,
+                saved,
+                state,
+                batch_sizes,
+                lengths,
+                reverse,
+                need,
+                False,
+                norms,
+                backend,
+            )
+        else:
+            tensors = x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *saved, *grads
+            out = apply(RecurrentBackward)(
+                cell, reverse, backend, tuple(need), False, norms, batch_sizes, lengths, *tensors
+            )
+        k, got = 0, []
+        for wanted in need:
+            got.append(out[k] if wanted else None)
+            k += 1 if wanted else 0
+        return None, None, None, None, None, *got, fit(out[k + S], probe) if norms else None, *out[k : k + S]
+
+    @staticmethod
+    def vmap(info, dims, *args):
+        return mapped_forward(info.batch_size, dims, args, apply(Recurrent), len(args) - 12)
+
+    @staticmethod
+    def push(spec, saved, tangents):
+        cell, reverse, _, S, _ = spec
+        batch_sizes, lengths, *tensors = saved
+        moving, dstate = tangents[5:11], tangents[12:]
+        seq, final = reference.tangent(
+            op.cell_of(cell), tensors[:6], moving, tensors[6 : 6 + S], dstate, batch_sizes, lengths, reverse
+        )
+        return (*seq, *final, *[None] * (len(tensors) - 6 - 2 * S))
+
+
+class RecurrentBackward(Function):
+    """The backward operator; its own derivatives, to any order, are those of the reference."""
+
+    @staticmethod
+    def forward(
+        cell, reverse, backend, need, gates, norms, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *rest
+    ):
+        S = op.cell_of(cell).S
+        state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
+        return tuple(
+            op.backward(
+                cell,
+                grads,
+                x,
+                w_ih,
+                w_hh,
+                w_hr,
+                saved,
+                state,
+                batch_sizes,
+                lengths,
+                reverse,
+                list(need),
+                gates,
+                norms,
+                backend,
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, reverse, _, need, gates, norms, *tensors = inputs
+        ctx.spec = cell, reverse, need, gates, norms
+        if norms:
+            ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def reference(spec, saved):
+        """The same as a function of the tensors that it depends on, and where those are among the inputs. What forward had
+        kept is not among them: it is computed again, so that its dependence on the inputs is seen."""
+        (cell, reverse, need, gates, _), (batch_sizes, lengths, *tensors) = spec, saved
+        c = op.cell_of(cell)
+        first = len(tensors) - 2 * c.S  # of the gradients
+        places = [k for k, v in enumerate(tensors) if v is not None and not 6 + c.S <= k < first]
+
+        def run(*values):
+            full = dict(zip(places, values))
+            x, w_ih, b_ih, w_hh, b_hh, w_hr, *state = (full.get(k) for k in range(6 + c.S))
+            grads = [full.get(k) for k in range(first, len(tensors))]
+            out = reference.forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, 2)
+            kept = out[: c.S] + out[2 * c.S :]
+            return tuple(
+                reference.backward(
+                    c, grads, x, w_ih, w_hh, w_hr, kept, state, batch_sizes, lengths, reverse, need, gates, False
+                )
+            )
+
+        return run, places, tensors
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        run, places, tensors = RecurrentBackward.reference(ctx.spec, ctx.saved_tensors)
+        _, pull = torch.func.vjp(run, *[tensors[k] for k in places])
+        norms = ctx.spec[-1]
+        got = dict(zip(places, pull(tuple(cotangents[: len(cotangents) - norms]))))
+        return (*[None] * 8, *(got.get(k) for k in range(len(tensors))))
+
+    @staticmethod
+    def push(spec, saved, tangents):
+        run, places, tensors = RecurrentBackward.reference(spec, saved)
+        values = [tensors[k] for k in places]
+        moving = [torch.zeros_like(v) if tangents[8 + k] is None else tangents[8 + k] for k, v in zip(places, values)]
+        out, pull = torch.func.vjp(run, *values)  # reverse twice: a dual_level does not nest
+        _, push = torch.func.vjp(lambda *u: pull(u), *[torch.zeros_like(v) for v in out])
+        return (*push(tuple(moving)), *[None] * spec[-1])
+
+    @staticmethod
+    def vmap(info, dims, *args):
+        return mapped_backward(info.batch_size, dims, args, apply(RecurrentBackward))
+
+
+def fit(size, shape):
+    """What was measured as the gradient of a probe: a longer probe is padded, a shorter one keeps the last steps."""
+    T, C = size.shape[0], shape[0]
+    return size if T == C else size[T - C :] if T > C else F.pad(size, (0, 0, 0, C - T))
+
+
+def eager(base):
+    """The same Function with what Dynamo refuses."""
+
+    class Eager(base):
+        @staticmethod
+        def jvp(ctx, *tangents):
+            with forward_ad._set_fwd_grad_enabled(
+                True
+            ):  # torch calls jvp with forward mode off: jvp of jvp would silently be zero
+                saved = [v if v is None else forward_ad.unpack_dual(v).primal for v in ctx.saved_tensors]
+                return base.push(ctx.spec, saved, tangents)
+
+    return Eager
+
+
+for _base in (Recurrent, RecurrentBackward):
+    _base.eager = eager(_base)
+    # Function.apply binds its arguments to inspect.signature(forward) at every call, 28 microseconds; the method below it does not
+    _base.fast = super(Function, _base.eager).apply
+
+
+def apply(base):
+    if torch.compiler.is_compiling():
+        return base.apply
+    return base.eager.apply if torch._C._are_functorch_transforms_active() else base.fast
+
+
+def differentiated():
+    """Somebody may want the derivative of what runs now."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+# ---------------------------------------------------------------- the operators' own derivatives: exported and traced graphs call
+# them and not us
+
+
+def _setup_forward(ctx, inputs, output):
+    cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend = inputs
+    S = len(state)
+    ctx.call = cell, reverse, keep, backend, S, len(output)
+    kept = (*output[:S], *output[2 * S :]) if keep == 2 else ()
+    ctx.save_for_backward(batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *kept)
+
+
+def _forward_derivative(ctx, grads):
+    cell, reverse, keep, backend, S, _ = ctx.call
+    batch_sizes, lengths, *tensors = ctx.saved_tensors
+    weights, state, kept = tensors[:6], tensors[6 : 6 + S], tensors[6 + S :]
+    if keep == 2 and any(g is not None for g in grads[2 * S :]):
+        raise RuntimeError(
+            "what recurrent_forward keeps for backward (keep=2) has no derivative; use keep=1 for the states"
+        )
+    if keep != 2:  # nothing was kept: run again
+        out = op.forward(cell, *weights, state, batch_sizes, lengths, reverse, 2, backend)
+        kept = out[:S] + out[2 * S :]
+    seq = list(grads[: S if keep else 1]) + [None] * (0 if keep else S - 1)
+    final = grads[S : 2 * S] if keep else grads[1 : 1 + S]
+    need = [v is not None and ctx.needs_input_grad[k] for k, v in enumerate(weights, 1)]
+    out = apply(RecurrentBackward)(
+        cell, reverse, backend, tuple(need), False, False, batch_sizes, lengths, *weights, *state, *kept, *seq, *final
+    )
+    got = iter(out)
+    return (None, *(next(got) if wanted else None for wanted in need), list(got), None, None, None, None, None)
+
+
+torch.library.register_autograd(
+    "gradkernels::recurrent_forward", _forward_derivative, setup_context=_setup_forward, lib=op.lib
+)
+
+
+# ---------------------------------------------------------------- the operators under vmap: those who call them directly, and the
+# older vmap behind is_grads_batched and jacobian(vectorize=True), which has no fallback for lists of tensors
+
+
+def _vmap_forward(
+    info, dims, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    def call(cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, _, *state):
+        return op.forward_op(
+            cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), batch_sizes, lengths, reverse, keep, backend
+        )
+
+    args = cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, None, *state
+    at = *[None] * 3, *dims[8:10], *dims[1:7], None, *_each_dim(dims[7], state)
+    out, where = mapped_forward(info.batch_size, at, args, call, len(state) if keep else 1)
+    return list(out), list(where)
+
+
+def _vmap_backward(
+    info,
+    dims,
+    cell,
+    grads,
+    x,
+    w_ih,
+    w_hh,
+    w_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    S = len(state)
+
+    def call(cell, reverse, backend, need, gates, norms, batch_sizes, lengths, x, w_ih, _, w_hh, __, w_hr, *rest):
+        state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
+        return op.backward_op(
+            cell,
+            grads,
+            x,
+            w_ih,
+            w_hh,
+            w_hr,
+            saved,
+            state,
+            batch_sizes,
+            lengths,
+            reverse,
+            list(need),
+            gates,
+            norms,
+            backend,
+        )
+
+    args = (
+        cell,
+        reverse,
+        backend,
+        need,
+        gates,
+        norms,
+        batch_sizes,
+        lengths,
+        x,
+        w_ih,
+        None,
+        w_hh,
+        None,
+        w_hr,
+        *state,
+        *saved,
+        *grads,
+    )
+    lists = [d for at, values in ((dims[7], state), (dims[6], saved), (dims[1], grads)) for d in _each_dim(at, values)]
+    at = *[None] * 6, *dims[8:10], dims[2], dims[3], None, dims[4], None, dims[5], *lists
+    out, where = mapped_backward(info.batch_size, at, args, call)
+    return list(out), list(where)
+
+
+def _each_dim(dims, values):
+    return [None] * len(values) if dims is None else list(dims)
+
+
+class _Size:
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+
+def _batched(*args):
+    """The backward operator under the older vmap, whose batched tensors are unwrapped and wrapped by hand."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    is_batched = lambda v: isinstance(v, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)
+    flat, spec = tree_flatten(args)
+    moved = [torch._remove_batch_dim(v, level, 1, 0) if is_batched(v) else v for v in flat]
+    N = next(m.shape[0] for v, m in zip(flat, moved) if m is not v)
+    dims = tree_unflatten([None if m is v else 0 for v, m in zip(flat, moved)], spec)
+    out, where = _vmap_backward(_Size(N), dims, *tree_unflatten(moved, spec))
+    return [torch._add_batch_dim(v, d, level) for v, d in zip(out, where)]
+
+
+op.lib.impl("recurrent_backward", _batched, "Batched")
+torch.library.register_vmap("gradkernels::recurrent_forward", _vmap_forward, lib=op.lib)
+torch.library.register_vmap("gradkernels::recurrent_backward", _vmap_backward, lib=op.lib)

@@ -1,0 +1,334 @@
+"""The two operators of a recurrent layer, forward only and backward only, one call for a whole sequence.
+
+`forward` and `backward` here call the operator, or the kernel itself when nothing listens at the dispatcher: no tracer,
+no mode, no transform, no tensor that is more than a plain one. That halves the cost of a one-step call.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradkernels import backends
+from gradkernels.cells import CELLS, Cell
+from gradkernels.ops._recurrent_checks import check_backward, check_batch_sizes, check_forward, check_lengths
+
+lib = torch.library.Library("gradkernels", "DEF")
+lib.define(
+    "recurrent_forward(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
+    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, int keep, str? backend) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+lib.define(
+    "recurrent_backward(str cell, Tensor?[] grads, Tensor x, Tensor? weight_ih, Tensor weight_hh, Tensor? weight_hr, Tensor[] saved, "
+    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool[] need, bool gates, bool norms, str? backend) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+# ---------------------------------------------------------------- cells by name
+
+_given: dict[
+    str, Cell
+] = {}  # cells that are in no registry; kept for good, since a traced graph knows them by name only
+
+
+def cell_of(name: str) -> Cell:
+    cell = CELLS.get(name) or _given.get(name)
+    if cell is None:
+        raise ValueError(f"unknown cell {name!r}; there are {', '.join(CELLS)}")
+    return cell
+
+
+def name_of(cell: Cell) -> str:
+    """The text by which operators know a cell."""
+    if CELLS.get(cell.name) == cell:
+        return cell.name
+    name = f"{cell.name}@{id(cell):x}"
+    _given[name] = cell
+    return name
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def _whole(v: Tensor | None) -> Tensor | None:
+    return v if v is None else v.contiguous()
+
+
+def _check_values(x, state, batch_sizes, lengths):
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.shape[0], state[0].shape[0])
+    elif lengths is not None:
+        check_lengths(lengths, x.shape[0])
+
+
+def forward_kernel(
+    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    """Runs a backend; shapes have been checked."""
+    c = cell_of(cell)
+    module = backends.choose(backend, c, x.dtype, x.device)
+    if batch_sizes is not None or lengths is not None:
+        _check_values(x, state, batch_sizes, lengths)
+        batch_sizes, lengths = _whole(batch_sizes), _whole(lengths)
+    state = [v.contiguous() for v in state]
+    weights = _whole(weight_ih), _whole(bias_ih), weight_hh.contiguous(), _whole(bias_hh), _whole(weight_hr)
+    backends.ran(module)
+    return module.forward(c, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
+
+
+def backward_kernel(
+    cell,
+    grads,
+    x,
+    weight_ih,
+    weight_hh,
+    weight_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    """Runs a backend; shapes have been checked."""
+    c = cell_of(cell)
+    module = backends.choose(backend, c, x.dtype, x.device)
+    if batch_sizes is not None or lengths is not None:
+        _check_values(x, state, batch_sizes, lengths)
+        batch_sizes, lengths = _whole(batch_sizes), _whole(lengths)
+    grads, saved, state = [_whole(g) for g in grads], [v.contiguous() for v in saved], [v.contiguous() for v in state]
+    weights = _whole(weight_ih), weight_hh.contiguous(), _whole(weight_hr)
+    backends.ran(module)
+    return module.backward(
+        c, grads, x.contiguous(), *weights, saved, state, batch_sizes, lengths, reverse, need, gates, norms
+    )
+
+
+def _forward_op(
+    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    """[y, (other state sequences,) *final states, (raw,) (acts)]
+
+    keep=0: y and the final states; 1: the sequences of all states; 2: also what backward needs: raw [N, H], the output before
+    projection, if there is one, and acts [N, A, H]."""
+    check_forward(cell_of(cell), x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths)
+    if keep not in (0, 1, 2):
+        raise ValueError(f"keep must be 0, 1 or 2, got {keep}")
+    return forward_kernel(
+        cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
+    )
+
+
+def _backward_op(
+    cell,
+    grads,
+    x,
+    weight_ih,
+    weight_hh,
+    weight_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    """gates=False: [each needed gradient of x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *dstate, (norms)]
+    gates=True: [dgates [.., G*H], (dr [.., G*H] if a gate is split), (v [.., H] if a product is taken of v),
+    (dproj [.., R] if weight_hr), *dstate, (norms)], of which weight gradients are products."""
+    check_backward(cell_of(cell), grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, need)
+    return backward_kernel(
+        cell,
+        grads,
+        x,
+        weight_ih,
+        weight_hh,
+        weight_hr,
+        saved,
+        state,
+        batch_sizes,
+        lengths,
+        reverse,
+        need,
+        gates,
+        norms,
+        backend,
+    )
+
+
+def _forward_fake(
+    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    c, lead = cell_of(cell), x.shape[:-1]
+    H, N = weight_hh.shape[0] // c.G, math.prod(lead)  # Size.numel() would fix dynamic sizes
+    seq = [x.new_empty(*lead, v.shape[-1]) for v in state]
+    kept = ([] if weight_hr is None else [x.new_empty(N, H)]) + [x.new_empty(N, c.A, H)]
+    return [*seq[: None if keep else 1], *(v.new_empty(v.shape) for v in state), *(kept if keep == 2 else [])]
+
+
+def _backward_fake(
+    cell,
+    grads,
+    x,
+    weight_ih,
+    weight_hh,
+    weight_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    c, lead, wide = cell_of(cell), x.shape[:-1], weight_hh.shape[0]
+    if gates:
+        widths = [
+            wide,
+            *([wide] if c.split else []),
+            *([wide // c.G] if c.second else []),
+            *([] if weight_hr is None else [weight_hr.shape[0]]),
+        ]
+        out = [x.new_empty(*lead, n) for n in widths]
+    else:
+        shapes = (
+            x.shape,
+            None if weight_ih is None else weight_ih.shape,
+            (wide,),
+            weight_hh.shape,
+            (wide,),
+            None if weight_hr is None else weight_hr.shape,
+        )
+        out = [x.new_empty(shape) for shape, wanted in zip(shapes, need) if wanted]
+    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    out += [v.new_empty(v.shape) for v in state]
+    return [*out, x.new_empty(T, c.S + 1, dtype=torch.double)] if norms else out
+
+
+forward_op = torch.ops.gradkernels.recurrent_forward.default
+backward_op = torch.ops.gradkernels.recurrent_backward.default
+for _name, _kernel, _fake in (
+    ("recurrent_forward", _forward_op, _forward_fake),
+    ("recurrent_backward", _backward_op, _backward_fake),
+):
+    lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradkernels::{_name}", _fake, lib=lib)
+
+# ---------------------------------------------------------------- past the dispatcher
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+# A thread in which no mode, transform or tracer is at work (with and without inference mode), and a tensor that is nothing
+# but memory of the CPU: not a subclass, batched, lazily conjugated or negated, functional, fake or sparse.
+_QUIET = frozenset((_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")))
+_PLAIN = frozenset((torch._C._dispatch_keys(torch.empty(0)).raw_repr(), _keys("CPU", "AutocastCPU")))
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_included, _dispatch_keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
+_profiling, _function_modes = torch.autograd._profiler_enabled, torch._C._len_torch_function_stack
+
+
+def quiet() -> bool:
+    """Nothing listens to the calls of this thread."""
+    return _included().raw_repr() in _QUIET and not _profiling() and not _function_modes()
+
+
+def plain(tensors) -> bool:
+    """Every tensor is plain memory of the CPU."""
+    for v in tensors:
+        if v is not None and (type(v) not in _TYPES or _dispatch_keys(v).raw_repr() not in _PLAIN):
+            return False
+    return True
+
+
+def forward(
+    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    """The operator, for a caller who has checked the shapes and wants no derivative."""
+    args = (
+        cell,
+        x,
+        weight_ih,
+        bias_ih,
+        weight_hh,
+        bias_hh,
+        weight_hr,
+        state,
+        batch_sizes,
+        lengths,
+        reverse,
+        keep,
+        backend,
+    )
+    if torch.compiler.is_compiling():
+        return forward_op(*args)
+    if quiet() and plain((x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, batch_sizes, lengths, *state)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_kernel(*args)
+    if torch._C._is_tracing():
+        return forward_op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # past the operator's own derivative, which costs more than the call
+        return forward_op(*args)
+
+
+def backward(
+    cell,
+    grads,
+    x,
+    weight_ih,
+    weight_hh,
+    weight_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    """The operator, for a caller who wants no derivative of it."""
+    args = (
+        cell,
+        grads,
+        x,
+        weight_ih,
+        weight_hh,
+        weight_hr,
+        saved,
+        state,
+        batch_sizes,
+        lengths,
+        reverse,
+        need,
+        gates,
+        norms,
+        backend,
+    )
+    if torch.compiler.is_compiling():
+        return backward_op(*args)
+    if quiet() and plain((x, weight_ih, weight_hh, weight_hr, batch_sizes, lengths, *grads, *saved, *state)):
+        check_backward(
+            cell_of(cell), grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, need
+        )
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_kernel(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return backward_op(*args)

@@ -1,0 +1,175 @@
+"""One recurrent layer in one direction, over a whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gradkernels import cells
+from gradkernels.ops import _recurrent_op as op
+from gradkernels.ops._recurrent_autograd import Recurrent, apply
+from gradkernels.ops._recurrent_checks import WEIGHTS, check_forward
+
+if TYPE_CHECKING:
+    from gradkernels.cells import Cell
+
+
+def recurrent(
+    x: Tensor,  # [T, B, I], packed [N, I], or the gates [.., G*H] when weight_ih is None
+    weight_hh: Tensor,  # [G*H, R]
+    state: Sequence[Tensor] | None = None,  # S tensors [B, R], [B, H] ...
+    *,
+    weight_ih: Tensor | None = None,  # [G*H, I]
+    bias_ih: Tensor | None = None,  # [G*H]
+    bias_hh: Tensor | None = None,  # [G*H]
+    weight_hr: Tensor | None = None,  # [R, H]
+    params: Tensor | None = None,
+    cell: str | Cell = "lstm",
+    lengths: Tensor | None = None,  # [B]
+    batch_sizes: Tensor | None = None,  # [T]
+    reverse: bool = False,
+    probe: Tensor | None = None,  # [steps, S + 1]
+    every_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]:
+    r"""Run a recurrent cell over a sequence: one layer, one direction.
+
+    With :math:`s_{-1}` the initial state, for every step t
+
+    .. math::
+        s_t, \ldots = \mathrm{cell}(W_{ih} x_t + b_{ih},\; W_{hh} h_{t-1} + b_{hh},\; s_{t-1}), \qquad h_t = W_{hr}\, s_t[0]
+
+    where :math:`W_{hr}` is the identity unless ``weight_hr`` is given. Gates are in torch's order (i f g o; r z n).
+
+    Args:
+        x: input ``[T, B, I]``; ``[N, I]`` with ``batch_sizes``; the gates ``[.., G*H]`` already projected when ``weight_ih`` is
+            None. float32, float64, bfloat16 or float16, like every other tensor here; 16-bit storage is computed in float32.
+        weight_hh: recurrent weight ``[G*H, R]``; R is H, or the rows of ``weight_hr``.
+        state: the cell's S initial states, ``[B, R]`` the first and ``[B, H]`` the others; zeros when None.
+        weight_ih, bias_ih, bias_hh: input weight ``[G*H, I]``, biases ``[G*H]``; each may be None.
+        weight_hr: projection ``[R, H]`` of the first state, for cells that use it in the recurrent product only (``lstm``).
+        params: per-unit parameters, for cells that have them; no cell here does.
+        cell: a name in ``gradkernels.cells.CELLS``, or a Cell.
+        lengths: int64 ``[B]`` from 0 to T, in any order: row b has the steps t < lengths[b]. Beyond them outputs are zero, the final
+            state is that of a row's last step, and ``reverse`` begins there.
+        batch_sizes: int64 ``[T]`` on the CPU, the rows of each step as in ``torch.nn.utils.rnn.PackedSequence``.
+        reverse: walk from the last step to the first.
+        probe: float64 ``[steps, S + 1]``. Its gradient is, per step, the squared norm of the gradient of each state, and the number
+            of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps.
+        every_state: return the sequences of all S states, not of the first alone.
+        backend: "cpu" or "reference"; None takes the best that can run.
+
+    Returns:
+        outputs ``[T, B, R]`` (``[N, R]``; with ``every_state`` a tuple of S such tensors) and the tuple of S final states.
+
+    Raises:
+        RuntimeError: shapes or devices do not fit together, or ``backend`` cannot run this call.
+        ValueError: an unknown cell or backend, mixed dtypes, zero sizes, both ``lengths`` and ``batch_sizes``.
+        TypeError: x is not floating point, or something is not a tensor.
+
+    Derivatives of any order, forward mode and ``torch.func`` pass through; second derivatives are those of the reference backend.
+
+    The LSTM is that of Hochreiter and Schmidhuber (1997) with forget gates, as ``torch.nn.LSTM`` has it.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> x, h, c = torch.randn(7, 2, 3), torch.zeros(2, 5), torch.zeros(2, 5)
+        >>> w_ih, w_hh = torch.randn(20, 3), torch.randn(20, 5, requires_grad=True)
+        >>> y, (h_n, c_n) = gk.ops.recurrent(x, w_hh, (h, c), weight_ih=w_ih, cell="lstm")
+        >>> y.shape, torch.equal(y[-1], h_n)
+        (torch.Size([7, 2, 5]), True)
+        >>> y.sum().backward()
+        >>> w_hh.grad.shape
+        torch.Size([20, 5])
+    """
+    c = cells.CELLS.get(cell) if type(cell) is str else cell
+    if c is None:
+        c = cells.get(cell)  # its error names the registry
+    name = cell if type(cell) is str else op.name_of(cells.get(cell))
+    tensors = [x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr]
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(
+        x.device.type
+    ):  # asked in this order: "meta" has no autocast
+        tensors, state = _autocast(tensors, state)
+        x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = tensors
+    if params is not None or c.P:
+        raise ValueError(f"cell {name} takes {c.P} parameters per unit; params are not supported here yet")
+    try:
+        check_forward(c, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths)
+    except AttributeError:
+        _not_tensors(dict(x=x, **dict(zip(WEIGHTS, tensors[1:]))), state, batch_sizes, lengths)
+        raise
+    if state is None:
+        state = _zeros(c, x, weight_hh, batch_sizes)
+    if probe is not None:
+        if probe.dim() != 2 or probe.shape[1] != c.S + 1 or probe.dtype != torch.float64:
+            raise ValueError(
+                f"probe must be float64 [steps, {c.S + 1}] for {name}, got {probe.dtype} {list(probe.shape)}"
+            )
+        if torch._C._are_functorch_transforms_active():
+            probe = None  # nobody can ask for its gradient there
+    S = c.S
+    if _wants_function((*tensors, *state, probe)):
+        out = apply(Recurrent)(name, reverse, backend, batch_sizes, lengths, *tensors, probe, *state)
+        return tuple(out[:S]) if every_state else out[0], tuple(out[S : 2 * S])
+    out = op.forward(name, *tensors, state, batch_sizes, lengths, reverse, 1 if every_state else 0, backend)
+    if every_state:
+        return tuple(out[:S]), tuple(out[S:])
+    return out[0], tuple(out[1:])
+
+
+def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
+    """The operator alone is enough unless some kind of differentiation or batching is listening."""
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # Dynamo would trace the forward and lose the backward
+            torch._dynamo.graph_break(
+                msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
+            )
+        return True
+    if torch.is_grad_enabled():
+        for v in tensors:
+            if v is not None and v.requires_grad:  # torch.jit.trace must record the operator, not a Python function
+                return torch.compiler.is_compiling() or not torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _autocast(tensors, state):
+    """Autocast is a cast of the arguments, differentiable like any other."""
+    device = tensors[0].device.type
+    low = torch.get_autocast_dtype(device)
+
+    def cast(v):
+        eligible = (
+            v is not None and v.dtype in (torch.float32, torch.float16, torch.bfloat16) and v.device.type == device
+        )
+        return v.to(low) if eligible else v
+
+    return [cast(v) for v in tensors], None if state is None else [cast(v) for v in state]
+
+
+def _zeros(cell, x, weight_hh, batch_sizes):
+    """Initial states when none are given."""
+    if batch_sizes is None:
+        B = x.shape[1]
+    else:
+        B = int(batch_sizes[0]) if batch_sizes.shape[0] else 0
+        if B < 0:
+            raise RuntimeError(f"batch_sizes must not be negative, got {B}")
+    widths = [weight_hh.shape[1], *[weight_hh.shape[0] // cell.G] * (cell.S - 1)]
+    return [x.new_zeros(B, n) for n in widths]
+
+
+def _not_tensors(named, state, batch_sizes, lengths):
+    """TypeError for the first argument that is not what it should be."""
+    for k, v in enumerate(state or ()):
+        named[f"state[{k}]"] = v
+    for k, v in {**named, "batch_sizes": batch_sizes, "lengths": lengths}.items():
+        if v is not None and not isinstance(v, Tensor):
+            raise TypeError(f"{k} must be a tensor, got {type(v).__name__}")
+    for k in ("x", "weight_hh"):
+        if named[k] is None:
+            raise TypeError(f"{k} must be a tensor, got None")
