@@ -1,0 +1,403 @@
+// BPTT for any cell, in chunks of steps. The gate gradients of a chunk stay in cache: the cell writes them once, the next
+// step's product, the input gradient and the weight gradients read them, and the chunk after the next overwrites them.
+// Two rings let a thread run one chunk ahead. What forward kept is only read.
+#pragma once
+#include "recurrent.h"
+
+namespace gk {
+
+// Sum of squares in double, where the square of any float neither vanishes nor overflows.
+template <class F> struct Norm {
+  using D = Vec<double>;
+  D squares = 0;
+  void add(Vec<F> x, int64_t n) {
+    if (n < Vec<F>::size)
+      for (int i = int(n); i < Vec<F>::size; i++) x.v[i] = 0;
+    if constexpr (sizeof(F) == 4) {
+      typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+      Half part[2];
+      std::memcpy(part, &x.v, sizeof x.v);
+      for (const Half &p : part) {
+        const D d = __builtin_convertvector(p, typename D::Raw);
+        squares += d * d;
+      }
+    } else
+      squares += x * x;
+  }
+  double sum() const {
+    double s = 0;
+    for (int i = 0; i < D::size; i++) s += squares.v[i];
+    return s;
+  }
+};
+
+template <class Cell, class T, class P> class Backward {
+  using F = Real<T>;
+  using V = Vec<F>;
+  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
+  static constexpr bool split = !Cell::shared;
+  static constexpr int64_t chunk = 512; // tokens whose gate gradients are kept in cache
+
+  // Rows of tokens, two chunks of them: [2 * room, stride].
+  struct Ring {
+    P *start = nullptr;
+    int64_t stride = 0;
+    P *row(int64_t place) const { return start + place * stride; }
+  };
+  // A gradient of weights [M, C] as it grows, and where it goes.
+  struct Weights {
+    T *out = nullptr;
+    F *sum = nullptr;
+    int64_t M = 0, C = 0;
+  };
+  // The other factor of a gradient of weights, a chunk of tokens in panels; two of them.
+  struct Factor {
+    Packed<P> panels[2];
+    int64_t C = 0;
+  };
+  // Steps [lo, hi) of the walk.
+  struct Chunk { int64_t lo, hi, tokens; };
+
+  const BackwardArgs &q;
+  const int64_t K = G * q.H, K1 = (G - Q) * q.H;
+  const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R), IV = vectors<T>(q.I);
+  const int64_t width = std::max(NV, RV) * L;
+  Arena &arena = Arena::of_this_thread();
+  Team team;
+  Packed<P> w_ih, w_first, w_second, w_hr;
+  F *carry; // [S, B, width] adjoints on their way to the step before, each thread its own
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> place, token; // [T] where a step lies in the rings; [2 * room] the token of a place
+  int64_t room = 1;
+  Ring ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
+  Factor x, h, v, raw;
+  Weights dw_ih, dw_hh, dw_hr;
+  F *db_x, *db_r;                 // [K] each
+  std::vector<P *> pairs;         // of a thread: adjoints of a chunk, two tokens side by side
+  std::vector<double> norms;      // [threads, T, S]
+
+  const T *at(const void *p) const { return static_cast<const T *>(p); }
+  T *at(void *p) const { return static_cast<T *>(p); }
+  F *carry_at(int k, int64_t b, int64_t v) const { return carry + (k * q.B + b) * width + v * L; }
+  const T *entering(int k, int64_t i, int64_t b, int64_t n) const { // a row of the state that entered step i
+    return b < q.rows_at(i - 1) ? at(q.seq[k]) + q.token(i - 1, b) * n : at(q.s0[k]) + q.column(b) * n;
+  }
+
+  // ---- once
+
+  void plan() {
+    for (int64_t hi = q.T; hi > 0;) {
+      Chunk c{hi, hi, 0};
+      while (c.lo > 0 && (c.lo == hi || c.tokens + q.rows_at(c.lo - 1) <= chunk)) c.tokens += q.rows_at(--c.lo);
+      room = std::max(room, c.tokens);
+      chunks.push_back(c);
+      hi = c.lo;
+    }
+    place.resize(q.T);
+    token.resize(2 * room);
+    for (size_t n = 0; n < chunks.size(); n++) {
+      int64_t at = int64_t(n % 2) * room;
+      for (int64_t i = chunks[n].lo; i < chunks[n].hi; at += q.rows_at(i++)) place[i] = at;
+    }
+  }
+  Ring take_ring(int64_t n) {
+    const int64_t stride = row_stride<P>(n + depth);
+    return {arena.zeros<P>(2 * room * stride), stride};
+  }
+  Factor take_factor(int64_t C) { return {{take_panels<P>(arena, C, 1, room), take_panels<P>(arena, C, 1, room)}, C}; }
+  Weights take_weights(void *out, int64_t M, int64_t C) {
+    if constexpr (std::is_same_v<T, F>) return {at(out), at(out), M, C};
+    else return {at(out), arena.take<F>(M * C), M, C};
+  }
+
+  void pack(int id) {
+    const int n = team.size;
+    const auto rows = [&](const void *w, Packed<P> &to, int64_t k, int64_t columns) {
+      const int64_t CV = vectors<T>(columns);
+      pack_rows<P>([&](int64_t j) { return at(w) + j * columns; }, to.panels, to.matrix.panel, k, columns, CV * id / n,
+                   CV * (id + 1) / n);
+    };
+    if (q.dx) rows(q.w_ih, w_ih, K, q.I);
+    rows(q.w_hh, w_first, K1, q.R);
+    if (Q) rows(at(q.w_hh) + K1 * q.R, w_second, K - K1, q.R);
+    if (q.w_hr) rows(q.w_hr, w_hr, q.R, q.H);
+  }
+  void enter(const Part &p) {
+    for (int k = 0; k < S; k++)
+      for (int64_t b = p.b0; b < p.b1; b++)
+        for (int64_t n = k ? q.H : q.R, v = k ? p.v0 : p.r0; v < (k ? p.v1 : p.r1); v++)
+          (q.dfinal[k] ? load(at(q.dfinal[k]) + q.column(b) * n + v * L, n - v * L) : V(0)).store(carry_at(k, b, v));
+  }
+  void leave(const Part &p) {
+    for (int k = 0; k < S; k++)
+      for (int64_t b = p.b0; b < p.b1; b++)
+        for (int64_t n = k ? q.H : q.R, v = k ? p.v0 : p.r0; v < (k ? p.v1 : p.r1); v++)
+          store(at(q.ds0[k]) + q.column(b) * n + v * L, V::load(carry_at(k, b, v)), n - v * L);
+  }
+
+  // ---- a step
+
+  struct Unit { V a[A ? A : 1], s[S], t[S], dt[S]; };
+  // What the cell's derivative sees of a row and a vector of units, dt left to the caller.
+  void gather(int64_t i, int64_t b, int64_t v, Unit &u) const {
+    const int64_t token = q.token(i, b), unit = v * L, m = q.H - unit;
+    for (int k = 0; k < A; k++) u.a[k] = load(at(q.acts) + (token * A + k) * q.H + unit, m);
+    for (int k = 0; k < S; k++) {
+      if (k == 0 && q.w_hr) {
+        u.s[0] = 0, u.t[0] = load(at(q.raw) + token * q.H + unit, m);
+        continue;
+      }
+      u.s[k] = load(entering(k, i, b, q.H) + unit, m);
+      u.t[k] = load(at(q.seq[k]) + token * q.H + unit, m);
+    }
+  }
+  V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
+    return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
+  }
+  void put(const Ring &ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m, int64_t out_width) const {
+    store(ring.row(place[i] + b) + column, d, m);
+    if (out) store(at(out) + q.token(i, b) * out_width + column, d, m);
+  }
+  void finish(int64_t i, int64_t b, int64_t v, const Unit &u, [[maybe_unused]] V dv, Norm<F> *norm) const {
+    const int64_t unit = v * L, m = q.H - unit;
+    V dx[G], dr[G], ds[S], total[S];
+    if constexpr (Q > 0) Cell::backward(u.a, u.s, u.t, u.dt, dv, dx, dr, ds, total);
+    else Cell::backward(u.a, u.s, u.t, u.dt, dx, dr, ds, total);
+    for (int g = 0; g < G; g++) {
+      put(ring_x, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
+      if (split) put(ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
+    }
+    for (int k = q.w_hr ? 1 : 0; k < S; k++) {
+      ds[k].store(carry_at(k, b, v));
+      if (norm) norm[k].add(total[k], m);
+    }
+  }
+
+  // Rows that step i + 1 went on with take the adjoint through it; rows that end here take that of the final state.
+  void rows_of_step(const Part &p, int64_t i, int64_t lo, int64_t hi, bool through, bool here, Norm<F> *norm) {
+    lo = p.within(lo), hi = p.within(hi);
+    const auto each = [&](int64_t k, int64_t v, const F *acc) {
+      const int64_t b = lo + k;
+      V dh = V::load(carry_at(0, b, v));
+      if (acc) dh += V::load(acc);
+      if (!here) return dh.store(carry_at(0, b, v));
+      dh += given(0, i, b, v, q.R);
+      if (q.w_hr) {
+        put(ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
+        V(0).store(carry_at(0, b, v));
+        if (norm) norm[0].add(dh, q.R - v * L);
+        return;
+      }
+      Unit u;
+      u.dt[0] = dh;
+      for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, b, v)) + given(j, i, b, v, q.H);
+      gather(i, b, v, u);
+      if constexpr (Q > 0) {
+        V operand, dr[Q];
+        Cell::second_adjoint(u.a, u.s, u.t, u.dt, operand, dr);
+        const int64_t unit = v * L, m = q.H - unit;
+        for (int g = 0; g < Q; g++) put(ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
+        put(ring_v, q.v, i, b, unit, operand, m, q.H);
+        for (int j = 0; j < S; j++) u.dt[j].store(carry_at(j, b, v));
+      } else
+        finish(i, b, v, u, V(0), norm);
+    };
+    if (through)
+      product<1>(hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); },
+                 depth, each);
+    else
+      for (int64_t k = 0; k < hi - lo; k++)
+        for (int64_t v = p.r0; v < p.r1; v++) each(k, v, nullptr);
+  }
+
+  void step(const Part &p, int64_t i) {
+    Norm<F> norm[S], *const wanted = q.norms && i >= 0 ? norm : nullptr;
+    const int64_t now = q.rows_at(i), after = q.rows_at(i + 1), both = std::min(now, after);
+    rows_of_step(p, i, 0, both, true, true, wanted);
+    rows_of_step(p, i, both, now, false, true, wanted);
+    rows_of_step(p, i, both, after, true, false, wanted);
+    const int64_t n = p.within(now) - p.b0;
+    if constexpr (Q > 0) {
+      p.meet.wait();
+      product<1>(n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
+                 [&](int64_t k, int64_t v, const F *acc) {
+                   Unit u;
+                   for (int j = 0; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v));
+                   gather(i, p.b0 + k, v, u);
+                   finish(i, p.b0 + k, v, u, V::load(acc), wanted);
+                 });
+    } else if (q.w_hr) {
+      p.meet.wait();
+      product<1>(n, p.v0, p.v1, w_hr.matrix, [&](int64_t k) { return ring_h.row(place[i] + p.b0 + k); }, depth,
+                 [&](int64_t k, int64_t v, const F *acc) {
+                   Unit u;
+                   u.dt[0] = V::load(acc);
+                   for (int j = 1; j < S; j++)
+                     u.dt[j] = V::load(carry_at(j, p.b0 + k, v)) + given(j, i, p.b0 + k, v, q.H);
+                   gather(i, p.b0 + k, v, u);
+                   finish(i, p.b0 + k, v, u, V(0), wanted);
+                 });
+    }
+    if (wanted)
+      for (int k = 0; k < S; k++) norms[(p.id * q.T + q.time(i)) * S + k] = norm[k].sum();
+    p.meet.wait();
+  }
+
+  // ---- a chunk
+
+  // The factors that are known before the walk: x, the h that entered, the output before projection.
+  void pack_factors(const Chunk &c, int parity, int id) {
+    const int n = team.size;
+    if (id == 0)
+      for (int64_t i = c.lo; i < c.hi; i++)
+        for (int64_t b = 0; b < q.rows_at(i); b++) token[place[i] + b] = q.token(i, b);
+    int64_t i = c.lo, b = 0;
+    const auto all = [&](Factor &f, auto row) {
+      if (!f.C) return;
+      i = c.lo, b = 0;
+      const int64_t CV = vectors<T>(f.C);
+      pack_rows<P>([&](int64_t) {
+        while (b == q.rows_at(i)) i++, b = 0;
+        return row(i, b++);
+      }, f.panels[parity].panels, f.panels[parity].matrix.panel, c.tokens, f.C, CV * id / n, CV * (id + 1) / n);
+    };
+    all(x, [&](int64_t i, int64_t b) { return at(q.x) + q.token(i, b) * q.I; });
+    all(h, [&](int64_t i, int64_t b) { return entering(0, i, b, q.R); });
+    all(raw, [&](int64_t i, int64_t b) { return at(q.raw) + q.token(i, b) * q.H; });
+  }
+
+  // dw[m, :] += sum over tokens of ring[token, m] * factor[token, :] for m in [m0, m1).
+  void accumulate(const Chunk &c, int parity, int id, bool first, const Ring &ring, int64_t m0, int64_t m1,
+                  const Factor &f, const Weights &w, int64_t row0 = 0) {
+    if (!w.out || m0 >= m1) return;
+    const P *left = ring.row(place[c.lo]) + m0;
+    ptrdiff_t stride = ring.stride;
+    if constexpr (depth > 1) { // two tokens side by side
+      const int64_t wide = row_stride<P>((m1 - m0 + L) * depth);
+      P *const to = pairs[id];
+      for (int64_t t = 0; t < c.tokens; t += depth, left += depth * stride)
+        for (int64_t m = 0; m < m1 - m0; m += L)
+          store_words(to + t / depth * wide + m * depth,
+                      pair_words(left + m, t + 1 < c.tokens ? left + stride + m : nullptr, m1 - m0 - m));
+      left = to, stride = wide;
+    }
+    Matrix<P> panels = f.panels[parity].matrix;
+    panels.steps = sum_steps<P>(c.tokens);
+    product<1>(m1 - m0, 0, vectors<T>(f.C), panels, [&](int64_t m) { return left + m * depth; }, stride,
+               [&](int64_t m, int64_t v, const F *acc) {
+                 F *const to = w.sum + (row0 + m0 + m) * f.C + v * L;
+                 const int64_t n = f.C - v * L;
+                 const V d = V::load(acc);
+                 store(to, first ? d : load(to, n) + d, n);
+               });
+  }
+  void add_bias(const Chunk &c, bool first, const Ring &ring, int64_t m0, int64_t m1, F *db) const {
+    for (int64_t m = m0; db && m < m1; m += L) {
+      V sum = 0;
+      for (int64_t t = 0; t < c.tokens; t++) sum += load(ring.row(place[c.lo] + t) + m, m1 - m);
+      store(db + m, first ? sum : load(db + m, m1 - m) + sum, m1 - m);
+    }
+  }
+  void input_gradient(const Chunk &c, int id) {
+    constexpr int64_t block = 48; // tokens whose gate gradients stay near while all columns of x pass
+    const int64_t n1 = c.tokens * (id + 1) / team.size;
+    for (int64_t n0 = c.tokens * id / team.size; n0 < n1; n0 += block) {
+      const int64_t at0 = place[c.lo] + n0;
+      product<1>(std::min(block, n1 - n0), 0, IV, w_ih.matrix, [&](int64_t k) { return ring_x.row(at0 + k); }, depth,
+                 [&](int64_t k, int64_t v, const F *acc) {
+                   store(at(q.dx) + token[at0 + k] * q.I + v * L, V::load(acc), q.I - v * L);
+                 });
+    }
+  }
+  void gradients(const Chunk &c, int parity, int id, bool first) {
+    const int64_t m0 = K * id / team.size, m1 = K * (id + 1) / team.size;
+    if constexpr (Q > 0) {
+      if (v.C) {
+        pack_rows<P>([&](int64_t t) -> const P * { return ring_v.row(place[c.lo] + t); }, v.panels[parity].panels,
+                     v.panels[parity].matrix.panel, c.tokens, q.H, NV * id / team.size, NV * (id + 1) / team.size);
+      }
+      team.all.wait();
+    }
+    accumulate(c, parity, id, first, ring_x, m0, m1, x, dw_ih);
+    accumulate(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh);
+    if (Q) accumulate(c, parity, id, first, ring_r, std::max(m0, K1), std::max(m1, K1), v, dw_hh);
+    accumulate(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
+    add_bias(c, first, ring_x, m0, m1, db_x);
+    if (split) add_bias(c, first, ring_r, m0, m1, db_r);
+    if (q.dx) input_gradient(c, id);
+  }
+  void round(const Weights &w, int id) const {
+    if (!w.out || static_cast<const void *>(w.out) == w.sum) return;
+    const int64_t n1 = w.M * (id + 1) / team.size * w.C; // the rows that this thread has summed
+    for (int64_t n = w.M * id / team.size * w.C; n < n1; n += L) store(w.out + n, load(w.sum + n, n1 - n), n1 - n);
+  }
+
+  static Grid grid_of(const BackwardArgs &q) {
+    return choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
+                       G * q.H * q.R * int64_t(sizeof(P)));
+  }
+
+public:
+  explicit Backward(const BackwardArgs &args) : q(args), team(args, grid_of(args)) {
+    arena.reset();
+    plan();
+    if (q.dx) w_ih = take_panels<P>(arena, q.I, 1, K);
+    w_first = take_panels<P>(arena, q.R, 1, K1);
+    if (Q) w_second = take_panels<P>(arena, q.R, 1, K - K1);
+    if (q.w_hr) w_hr = take_panels<P>(arena, q.H, 1, q.R);
+    carry = arena.zeros<F>(S * q.B * width);
+    ring_x = take_ring(K);
+    ring_r = split ? take_ring(K) : ring_x;
+    if (Q) ring_v = take_ring(q.H);
+    if (q.w_hr) ring_h = take_ring(q.R);
+    if (q.dw_ih) x = take_factor(q.I), dw_ih = take_weights(q.dw_ih, K, q.I);
+    if (q.dw_hh) h = take_factor(q.R), dw_hh = take_weights(q.dw_hh, K, q.R);
+    if (Q && q.dw_hh) v = take_factor(q.H);
+    if (q.dw_hr) raw = take_factor(q.H), dw_hr = take_weights(q.dw_hr, q.R, q.H);
+    db_x = q.db_ih || (q.db_hh && !split) ? arena.take<F>(K) : nullptr;
+    db_r = q.db_hh && split ? arena.take<F>(K) : nullptr;
+    const bool weights = q.dw_ih || q.dw_hh || q.dw_hr;
+    for (int id = 0; id < team.size; id++) {
+      const int64_t most = std::max(K, q.R) / team.size + 1;
+      pairs.push_back(depth > 1 && weights
+                          ? arena.take<P>(sum_steps<P>(room) * row_stride<P>((most + L) * depth))
+                          : nullptr);
+    }
+    if (q.norms) norms.resize(team.size * q.T * S);
+  }
+
+  void run() {
+    run_team(team.size, [&](int id) {
+      const Part p = team.part(id, NV, RV);
+      pack(id);
+      enter(p);
+      team.all.wait();
+      for (size_t n = 0; n < chunks.size(); n++) {
+        const Chunk &c = chunks[n];
+        pack_factors(c, n % 2, id);
+        for (int64_t i = c.hi - 1; i >= c.lo; i--) step(p, i);
+        team.all.wait();
+        gradients(c, n % 2, id, n == 0);
+      }
+      step(p, -1);
+      leave(p);
+      for (const Weights *w : {&dw_ih, &dw_hh, &dw_hr}) round(*w, id);
+    });
+    for (int64_t m = 0; m < K; m += L) {
+      if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);
+      if (q.db_hh) store(at(q.db_hh) + m, load((split ? db_r : db_x) + m, K - m), K - m);
+    }
+    for (int64_t t = 0; q.norms && t < q.T; t++) {
+      double *const to = q.norms + t * (S + 1);
+      for (int k = 0; k < S; k++) {
+        to[k] = 0;
+        for (int id = 0; id < team.size; id++) to[k] += norms[(id * q.T + t) * S + k];
+      }
+      to[S] = double(q.rows ? q.rows[t] : q.B);
+    }
+  }
+};
+
+template <class Cell, class T, class P> void recurrent_backward(const BackwardArgs &q) { Backward<Cell, T, P>(q).run(); }
+
+} // namespace gk

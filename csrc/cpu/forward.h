@@ -1,0 +1,221 @@
+// Sequence forward for any cell. A thread owns a rectangle rows x units for the whole sequence; each step is a product of
+// the entering h with the recurrent matrix, tile by tile, and the cell on the tile while it is at hand. Input is
+// projected a few steps at a time, so that gate pre-activations stay in cache.
+#pragma once
+#include "recurrent.h"
+
+namespace gk {
+
+template <class Cell, class T, class P> class Forward {
+  using F = Real<T>;
+  using V = Vec<F>;
+  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
+  static constexpr int64_t chunk = 64; // tokens projected at a time
+
+  const ForwardArgs &q;
+  const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R);
+  const int64_t width = std::max(NV, RV) * L;                          // of a row of state
+  const int64_t h_stride = row_stride<P>(std::max(NV, RV) * L);
+  Arena &arena = Arena::of_this_thread();
+  Team team;
+  Packed<P> w_ih, w_first, w_second, w_hr;
+  F *state;            // [S, B, width], each thread its own
+  P *h[2];             // [B, h_stride] what enters a step, what leaves it
+  P *between;          // [B, h_stride] the operand of a second product, or the output before projection
+  F *first_gates;      // [B, NV, G - Q, L] while a second product is made
+
+  // What a thread has projected: steps of the span one after the other, rows within each.
+  struct Projected {
+    F *gates = nullptr;  // [tokens, vectors, G, L]
+    P *inputs = nullptr; // [tokens, stride] where x cannot be read as it is
+    std::vector<const P *> rows;
+    int64_t at = 0, vectors = 0;
+  };
+  std::vector<Projected> projected;
+
+  static constexpr bool plain = std::is_same_v<T, P>;
+  bool reads_input() const { return plain && q.I % depth == 0; }
+  int64_t input_stride() const { return row_stride<P>(q.I + depth); }
+  const T *at(const void *p) const { return static_cast<const T *>(p); }
+  T *at(void *p) const { return static_cast<T *>(p); }
+  F *state_at(int k, int64_t b, int64_t v) const { return state + (k * q.B + b) * width + v * L; }
+
+  void pack(int id) {
+    const int n = team.size;
+    const auto share = [&](int64_t all, auto f) { f(all * id / n, all * (id + 1) / n); };
+    share(NV, [&](int64_t lo, int64_t hi) {
+      if (q.w_ih) pack_gates(at(q.w_ih), w_ih.panels, w_ih.matrix.panel, G, q.H, q.I, lo, hi);
+      pack_gates(at(q.w_hh), w_first.panels, w_first.matrix.panel, G - Q, q.H, q.R, lo, hi);
+      if (Q) pack_gates(at(q.w_hh) + (G - Q) * q.H * q.R, w_second.panels, w_second.matrix.panel, Q, q.H, q.R, lo, hi);
+    });
+    if (q.w_hr)
+      share(RV, [&](int64_t lo, int64_t hi) { pack_gates(at(q.w_hr), w_hr.panels, w_hr.matrix.panel, 1, q.R, q.H, lo, hi); });
+  }
+
+  void enter(const Part &p) {
+    for (int64_t b = p.b0; b < p.b1; b++) {
+      const int64_t c = q.column(b);
+      for (int64_t v = p.r0; v < p.r1; v++) {
+        const V s = load(at(q.s0[0]) + c * q.R + v * L, q.R - v * L);
+        s.store(state_at(0, b, v));
+        for (P *to : h) store(to + b * h_stride + v * L, s);
+      }
+      for (int k = 1; k < S; k++)
+        for (int64_t v = p.v0; v < p.v1; v++)
+          load(at(q.s0[k]) + c * q.H + v * L, q.H - v * L).store(state_at(k, b, v));
+    }
+  }
+  void leave(const Part &p) {
+    for (int64_t b = p.b0; b < p.b1; b++) {
+      const int64_t c = q.column(b);
+      for (int64_t v = p.r0; v < p.r1; v++) store(at(q.final[0]) + c * q.R + v * L, V::load(state_at(0, b, v)), q.R - v * L);
+      for (int k = 1; k < S; k++)
+        for (int64_t v = p.v0; v < p.v1; v++)
+          store(at(q.final[k]) + c * q.H + v * L, V::load(state_at(k, b, v)), q.H - v * L);
+    }
+  }
+
+  void project(const Part &p, int64_t i0, int64_t i1) {
+    Projected &own = projected[p.id];
+    own.at = 0;
+    if (!q.w_ih) return;
+    int64_t n = 0;
+    for (int64_t i = i0; i < i1; i++)
+      for (int64_t b = p.b0; b < p.within(q.rows_at(i)); b++, n++) {
+        const T *const x = at(q.x) + q.token(i, b) * q.I;
+        if (reads_input()) {
+          own.rows[n] = reinterpret_cast<const P *>(x);
+          continue;
+        }
+        P *const to = own.inputs + n * input_stride();
+        for (int64_t k = 0; k < q.I; k += L) store(to + k, load(x + k, q.I - k), q.I - k);
+        own.rows[n] = to;
+      }
+    own.vectors = p.v1 - p.v0;
+    product<G>(n, p.v0, p.v1, w_ih.matrix, [&](int64_t k) { return own.rows[k]; }, depth,
+               [&](int64_t k, int64_t v, const F *acc) {
+                 F *const to = own.gates + (k * own.vectors + v - p.v0) * G * L;
+                 for (int g = 0; g < G; g++) V::load(acc + g * L).store(to + g * L);
+               });
+  }
+
+  struct Unit { V x[G], r[G], s[S]; };
+  // What the cell sees of a row and a vector of units, recurrent products left to the caller.
+  void gather(const Part &p, int64_t i, int64_t n, int64_t v, Unit &u) const {
+    const Projected &own = projected[p.id];
+    const int64_t b = p.b0 + n, unit = v * L;
+    for (int g = 0; g < G; g++)
+      u.x[g] = q.w_ih ? V::load(own.gates + (((own.at + n) * own.vectors + v - p.v0) * G + g) * L)
+                      : load(at(q.x) + (q.token(i, b) * G + g) * q.H + unit, q.H - unit);
+    for (int k = 0; k < S; k++) u.s[k] = k == 0 && q.w_hr ? V(0) : V::load(state_at(k, b, v));
+  }
+  void finish(const Part &p, int64_t i, int64_t n, int64_t v, const Unit &u) const {
+    const int64_t b = p.b0 + n, unit = v * L, token = q.token(i, b), m = q.H - unit;
+    V t[S], a[A ? A : 1];
+    Cell::forward(u.x, u.r, u.s, t, a);
+    for (int k = 0; k < A && q.acts; k++) store(at(q.acts) + (token * A + k) * q.H + unit, a[k], m);
+    for (int k = 1; k < S; k++) {
+      t[k].store(state_at(k, b, v));
+      if (q.seq[k]) store(at(q.seq[k]) + token * q.H + unit, t[k], m);
+    }
+    if (q.w_hr) {
+      store(between + b * h_stride + unit, t[0]);
+      if (q.raw) store(at(q.raw) + token * q.H + unit, t[0], m);
+    } else
+      put(i, b, v, t[0]);
+  }
+  void put(int64_t i, int64_t b, int64_t v, V y) const {
+    y.store(state_at(0, b, v));
+    store(h[(i + 1) % 2] + b * h_stride + v * L, y);
+    store(at(q.seq[0]) + q.token(i, b) * q.R + v * L, y, q.R - v * L);
+  }
+
+  void step(const Part &p, int64_t i) {
+    const int64_t n = p.within(q.rows_at(i)) - p.b0;
+    const auto row_of = [&](const P *base) { return [=](int64_t k) { return base + (p.b0 + k) * h_stride; }; };
+    product<G - Q>(n, p.v0, p.v1, w_first.matrix, row_of(h[i % 2]), depth, [&](int64_t k, int64_t v, const F *acc) {
+      Unit u;
+      gather(p, i, k, v, u);
+      for (int g = 0; g < G - Q; g++) u.r[g] = V::load(acc + g * L);
+      if constexpr (Q > 0) {
+        F *const keep = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
+        for (int g = 0; g < G - Q; g++) u.r[g].store(keep + g * L);
+        V operand;
+        Cell::operand(u.x, u.r, u.s, operand);
+        store(between + (p.b0 + k) * h_stride + v * L, operand);
+      } else
+        finish(p, i, k, v, u);
+    });
+    if constexpr (Q > 0) {
+      p.meet.wait();
+      product<Q>(n, p.v0, p.v1, w_second.matrix, row_of(between), depth, [&](int64_t k, int64_t v, const F *acc) {
+        Unit u;
+        gather(p, i, k, v, u);
+        const F *const kept = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
+        for (int g = 0; g < G - Q; g++) u.r[g] = V::load(kept + g * L);
+        for (int g = 0; g < Q; g++) u.r[G - Q + g] = V::load(acc + g * L);
+        finish(p, i, k, v, u);
+      });
+    }
+    if (q.w_hr) {
+      p.meet.wait();
+      product<1>(n, p.r0, p.r1, w_hr.matrix, row_of(between), depth,
+                 [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
+    }
+    projected[p.id].at += n;
+    p.meet.wait();
+  }
+
+  static Grid grid_of(const ForwardArgs &q) {
+    const int64_t weights = G * q.H * (q.R + (q.w_ih ? q.I : 0));
+    return choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(q.H), max_rows<G>, weights * sizeof(P));
+  }
+
+public:
+  explicit Forward(const ForwardArgs &args) : q(args), team(args, grid_of(args)) {
+    arena.reset();
+    if (q.w_ih) {
+      w_ih = take_panels<P>(arena, q.H, G, q.I);
+      w_ih.matrix.bias = pack_bias(arena, at(q.b_ih), G, q.H);
+    }
+    w_first = take_panels<P>(arena, q.H, G - Q, q.R);
+    w_first.matrix.bias = pack_bias(arena, at(q.b_hh), G - Q, q.H);
+    if (Q) {
+      w_second = take_panels<P>(arena, q.H, Q, q.R);
+      w_second.matrix.bias = pack_bias(arena, q.b_hh ? at(q.b_hh) + (G - Q) * q.H : nullptr, Q, q.H);
+    }
+    if (q.w_hr) w_hr = take_panels<P>(arena, q.R, 1, q.H);
+    state = arena.zeros<F>(S * q.B * width);
+    for (P *&to : h) to = arena.zeros<P>(q.B * h_stride);
+    between = Q || q.w_hr ? arena.zeros<P>(q.B * h_stride) : nullptr;
+    first_gates = Q ? arena.take<F>(q.B * NV * (G - Q) * L) : nullptr;
+    projected.resize(team.size);
+    for (int id = 0; q.w_ih && id < team.size; id++) {
+      const Part p = team.part(id, NV, RV);
+      const int64_t n = std::max(chunk, p.b1 - p.b0);
+      projected[id].gates = arena.take<F>(n * (p.v1 - p.v0) * G * L);
+      projected[id].rows.resize(n);
+      if (!reads_input()) projected[id].inputs = arena.zeros<P>(n * input_stride());
+    }
+  }
+
+  void run() {
+    run_team(team.size, [&](int id) {
+      const Part p = team.part(id, NV, RV);
+      pack(id);
+      enter(p);
+      team.all.wait();
+      const int64_t span = std::max<int64_t>(1, chunk / std::max<int64_t>(1, p.b1 - p.b0));
+      for (int64_t i0 = 0; i0 < q.T; i0 += span) {
+        const int64_t i1 = std::min(q.T, i0 + span);
+        project(p, i0, i1);
+        for (int64_t i = i0; i < i1; i++) step(p, i);
+      }
+      leave(p);
+    });
+  }
+};
+
+template <class Cell, class T, class P> void recurrent_forward(const ForwardArgs &q) { Forward<Cell, T, P>(q).run(); }
+
+} // namespace gk

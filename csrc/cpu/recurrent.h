@@ -1,0 +1,114 @@
+// What a recurrent driver is told, and how its work is shared out.
+//
+// Dims: T steps, B rows of the batch, N tokens (rows of all steps together), I inputs, H units, R width of h (H, or the
+//       projected size), G gates, S states, A kept values, L lanes of a vector.
+#pragma once
+#include "pack.h"
+#include "team.h"
+
+namespace gk {
+
+constexpr int max_states = 8;
+
+// The walk: step i of B rows or fewer. Rows are counted longest first; `order` says where each stands in the batch.
+struct Sequence {
+  int64_t T, B, I, H, R;
+  const int64_t *rows;  // [T] rows of each step in time, never growing; null: B
+  const int64_t *first; // [T] the token where a step begins; null: t * B
+  const int64_t *order; // [B] column of a row; null: the same
+  bool reverse;
+  int threads;
+
+  int64_t time(int64_t i) const { return reverse ? T - 1 - i : i; }
+  int64_t rows_at(int64_t i) const { return i < 0 || i >= T ? 0 : rows ? rows[time(i)] : B; }
+  int64_t column(int64_t b) const { return order ? order[b] : b; }
+  int64_t token(int64_t i, int64_t b) const { return (first ? first[time(i)] : time(i) * B) + column(b); }
+};
+
+struct ForwardArgs : Sequence {
+  const void *x;                    // [N, I], or [N, G * H] gates when w_ih is null
+  const void *w_ih, *b_ih;          // [G * H, I], [G * H]; null where absent
+  const void *w_hh, *b_hh;          // [G * H, R], [G * H] or null
+  const void *w_hr;                 // [R, H] or null
+  const void *s0[max_states];       // [B, R], then [B, H]
+  void *seq[max_states];            // [N, R], then [N, H]; null where not wanted
+  void *raw;                        // [N, H] output before projection, or null
+  void *acts;                       // [N, A, H], or null
+  void *final[max_states];          // as s0
+};
+
+struct BackwardArgs : Sequence {
+  const void *x, *w_ih, *w_hh, *w_hr, *raw, *acts; // as in forward
+  const void *seq[max_states], *s0[max_states];
+  const void *dseq[max_states], *dfinal[max_states]; // null is zero
+  void *dx, *dw_ih, *db_ih, *dw_hh, *db_hh, *dw_hr;  // null where not wanted
+  void *ds0[max_states];
+  void *dgates, *dr, *v, *dproj;    // [N, G * H], [N, G * H], [N, H], [N, R], or null
+  double *norms;                    // [T, S + 1] squared norms of the states' adjoints and rows, or null
+};
+
+// Rows x units: `rows` groups that never meet, each of `units` threads that exchange the state once per step.
+struct Grid { int rows = 1, units = 1; };
+
+// Rows are shared out while each group still fills tiles and the weights of all units stay in a core's own cache.
+inline Grid choose_grid(int threads, int64_t B, int64_t NV, int tile_rows, int64_t weight_bytes) {
+  constexpr int64_t near_cache = int64_t(3) << 18; // 768 KiB of the 1 MiB that current server cores have
+  Grid g{1, threads};
+  for (int p = threads; p > 1; p--)
+    if (threads % p == 0 && B / p >= tile_rows && weight_bytes * p / threads <= near_cache) {
+      g = {p, threads / p};
+      break;
+    }
+  g.units = int(std::min<int64_t>(g.units, NV));
+  return g;
+}
+
+// A team is not worth waking for less.
+inline int worth(int threads, int64_t multiply_adds_per_step) {
+  return int(std::clamp<int64_t>(multiply_adds_per_step / 16384, 1, threads));
+}
+
+// Where each group of rows begins, so that all have about the same number of tokens.
+inline std::vector<int64_t> cut_rows(const Sequence &q, int groups) {
+  std::vector<int64_t> cut(groups + 1, 0), ends(q.B + 1, 0);
+  for (int64_t b = 0, t = q.T; b < q.B; b++) { // ends[b]: tokens of the rows before b
+    while (t > 0 && q.rows && q.rows[t - 1] <= b) t--;
+    ends[b + 1] = ends[b] + t;
+  }
+  for (int p = 1; p < groups; p++)
+    cut[p] = std::max(cut[p - 1], int64_t(std::lower_bound(ends.begin(), ends.end(), ends[q.B] * p / groups) - ends.begin()));
+  cut[groups] = q.B;
+  return cut;
+}
+
+// The rectangle of one thread.
+struct Part {
+  int id;
+  int64_t b0, b1; // rows
+  int64_t v0, v1; // vectors of units
+  int64_t r0, r1; // vectors of h where that is projected, the same otherwise
+  Barrier &meet;  // those who share rows
+  int64_t within(int64_t b) const { return std::clamp(b, b0, b1); }
+};
+
+struct Team {
+  int size;
+  Grid grid;
+  std::vector<int64_t> cut;
+  std::vector<Barrier> meets;
+  Barrier all;
+  Team(const Sequence &q, Grid g) : size(g.rows * g.units), grid(g), cut(cut_rows(q, g.rows)), meets(g.rows) {
+    for (Barrier &b : meets) b.reset(g.units);
+    all.reset(size);
+  }
+  Part part(int id, int64_t NV, int64_t RV) {
+    const int64_t group = id / grid.units, slice = id % grid.units, n = grid.units;
+    return {id, cut[group], cut[group + 1], NV * slice / n, NV * (slice + 1) / n, RV * slice / n, RV * (slice + 1) / n,
+            meets[group]};
+  }
+};
+
+template <class Cell, class T, class P> void recurrent_forward(const ForwardArgs &);
+template <class Cell, class T, class P> void recurrent_backward(const BackwardArgs &);
+
+} // namespace gk

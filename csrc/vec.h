@@ -1,0 +1,247 @@
+// Vec<T>: a SIMD value on compiler vector extensions, with exp, sigmoid and tanh over it; loads and stores of every storage type.
+//
+// One text for SSE2, AVX2, AVX-512 and NEON: the width is the build's. Needs -ffp-contract=fast -fno-math-errno
+// -fno-trapping-math and must not be built with -ffast-math, because NaN and Inf have to travel.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace gk {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+// Storage types. Arithmetic is never done in them: Real<T> is what a stored T is computed in.
+struct bfloat16 { uint16_t bits; };
+struct half { uint16_t bits; };
+template <class T> using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T> struct Vec {
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Raw __attribute__((vector_size(vector_bytes)));
+  typedef Int Bits __attribute__((vector_size(vector_bytes)));
+  static constexpr int size = vector_bytes / sizeof(T);
+
+  Raw v;
+  Vec() = default;
+  Vec(Raw r) : v(r) {}
+  template <class S, class = std::enable_if_t<std::is_arithmetic_v<S>>> Vec(S s) : v(T(s) - Raw{}) {}
+
+  static Vec load(const T *p) { Vec x; std::memcpy(&x.v, p, sizeof x.v); return x; }
+  void store(T *p) const { std::memcpy(p, &v, sizeof v); }
+
+  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend Vec operator-(Vec a) { return -a.v; }
+  Vec &operator+=(Vec b) { v += b.v; return *this; }
+
+  friend Bits operator<(Vec a, Vec b) { return a.v < b.v; }
+  friend Bits operator>(Vec a, Vec b) { return a.v > b.v; }
+  friend Bits operator<=(Vec a, Vec b) { return a.v <= b.v; }
+  friend Bits operator>=(Vec a, Vec b) { return a.v >= b.v; }
+  friend Vec where(Bits c, Vec a, Vec b) { return c ? a.v : b.v; }
+
+  // min(x, bound) and max(x, bound) let a NaN in x through. Compilers turn the comparison into compare-and-blend, a
+  // quarter of the time of exp, so the instruction is named where there is one.
+  friend Vec min(Vec x, Vec bound) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return Raw(_mm512_maskz_min_ps(__mmask16(-1), bound.v, x.v));
+    else return Raw(_mm512_maskz_min_pd(__mmask8(-1), bound.v, x.v));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return Raw(_mm256_min_ps(bound.v, x.v));
+    else return Raw(_mm256_min_pd(bound.v, x.v));
+#else
+    return x.v > bound.v ? bound.v : x.v;
+#endif
+  }
+  friend Vec max(Vec x, Vec bound) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return Raw(_mm512_maskz_max_ps(__mmask16(-1), bound.v, x.v));
+    else return Raw(_mm512_maskz_max_pd(__mmask8(-1), bound.v, x.v));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return Raw(_mm256_max_ps(bound.v, x.v));
+    else return Raw(_mm256_max_pd(bound.v, x.v));
+#else
+    return x.v < bound.v ? bound.v : x.v;
+#endif
+  }
+};
+
+// ---- elementary functions
+
+// e^x = 2^n e^r with |r| <= ln2 / 2 and e^r = 1 + r + r^2 p(r), p minimax. Adding `round` leaves n in the low bits of the sum.
+template <class T> struct Exp;
+template <> struct Exp<float> {
+  static constexpr float log2e = 1.44269504f, ln2_hi = 0.693145752f, ln2_lo = 1.42860677e-6f, round = 12582912.f;
+  static constexpr float low = -88.f, high = 89.f, tanh_one = 9.02f;
+  static constexpr float p[] = {0.00139262131f, 0.00836320315f, 0.0416665561f, 0.166665763f, 0.5f};
+  static constexpr int mantissa = 23, bias = 127;
+};
+template <> struct Exp<double> {
+  static constexpr double log2e = 1.4426950408889634, ln2_hi = 0.69314718036912382, ln2_lo = 1.9082149292705877e-10;
+  static constexpr double round = 6755399441055744., low = -709., high = 710., tanh_one = 19.1;
+  static constexpr double p[] = {2.5100424157005067e-08, 2.7620138719733994e-07, 2.7557268378684192e-06,
+                                 2.480152119021773e-05,  0.00019841269863105968, 0.0013888888917281794,
+                                 0.008333333333330051,   0.04166666666662399,    0.16666666666666669,
+                                 0.5000000000000001};
+  static constexpr int mantissa = 52, bias = 1023;
+};
+
+// e^x = (1 + m) s. Below `low` s is 0 and above `high` infinite, so that saturation needs no branch.
+template <class T> struct Reduced { Vec<T> m, s; };
+template <class T> inline Reduced<T> reduce(Vec<T> x) {
+  using V = Vec<T>;
+  using E = Exp<T>;
+  const V shifted = x * V(E::log2e) + V(E::round), n = shifted - V(E::round);
+  const V r = (x - n * V(E::ln2_hi)) - n * V(E::ln2_lo);
+  V p = E::p[0];
+  for (int i = 1; i < int(sizeof(E::p) / sizeof(T)); i++) p = p * r + V(E::p[i]);
+  // The sum's own exponent bits leave on the left.
+  const typename V::Bits bits =
+      ((typename V::Bits)shifted.v << E::mantissa) + (typename V::Int(E::bias) << E::mantissa);
+  return {p * (r * r) + r, V((typename V::Raw)bits)};
+}
+
+template <class T> inline Vec<T> exp(Vec<T> x) {
+  const auto [m, s] = reduce(max(min(x, Vec<T>(Exp<T>::high)), Vec<T>(Exp<T>::low)));
+  return (m + Vec<T>(1)) * s;
+}
+template <class T> inline Vec<T> sigmoid(Vec<T> x) { return Vec<T>(1) / (Vec<T>(1) + exp(-x)); }
+template <class T> inline Vec<T> tanh(Vec<T> x) {
+  using V = Vec<T>;
+  const V one = Exp<T>::tanh_one, y = max(min(x, one), -one);
+  const auto [m, s] = reduce(y + y);
+  const V e = m * s + (s - V(1)); // e^2x - 1 without cancellation near 0
+  return e / (e + V(2));
+}
+template <class T> inline Vec<T> relu(Vec<T> x) {
+  return where(x < Vec<T>(0), Vec<T>(0), x); // a NaN stays one
+}
+
+// ---- loads and stores: the first n lanes, n >= 1; the others read as zero and are not written. n may exceed the width.
+
+template <class T> constexpr int lanes = Vec<Real<T>>::size;
+
+typedef uint16_t Short __attribute__((vector_size(vector_bytes / 2)));
+inline Vec<float>::Bits widen(Short s) { return __builtin_convertvector(s, Vec<float>::Bits); }
+inline Short narrow(Vec<float>::Bits b) { return __builtin_convertvector(b, Short); }
+
+inline Vec<float> decode(Short s, bfloat16) { return Vec<float>((Vec<float>::Raw)(widen(s) << 16)); }
+inline Short encode(Vec<float> x, bfloat16) { // to nearest, ties to even; a NaN stays one
+  typedef uint32_t Word __attribute__((vector_size(vector_bytes)));
+  const Word b = (Word)x.v, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return narrow((Vec<float>::Bits)(x.v == x.v ? rounded : ((b >> 16) | 0x40)));
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+  uint32_t bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  if (exponent == 31) bits |= 0x7f800000;
+  if (exponent == 0) { // zero or subnormal: mantissa * 2^-24, exact in float
+    const float m = float(mantissa) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &m, 4);
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint16_t float_to_half(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  const uint16_t sign = uint16_t((b >> 16) & 0x8000);
+  b &= 0x7fffffff;
+  if (b > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (b >= 0x477ff000) return uint16_t(sign | 0x7c00); // rounds past the largest half
+  if (b < 0x38800000) {                                // subnormal: adding 0.5 rounds at 2^-24
+    float m;
+    std::memcpy(&m, &b, 4);
+    m += 0.5f;
+    std::memcpy(&b, &m, 4);
+    return uint16_t(sign | (b - 0x3f000000));
+  }
+  return uint16_t(sign | ((b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13));
+}
+inline Vec<float> decode(Short s, half) {
+#if defined(__AVX512F__)
+  return Vec<float>((Vec<float>::Raw)_mm512_cvtph_ps((__m256i)s));
+#elif defined(__AVX2__)
+  return Vec<float>((Vec<float>::Raw)_mm256_cvtph_ps((__m128i)s));
+#else
+  Vec<float> x;
+  for (int i = 0; i < Vec<float>::size; i++) x.v[i] = half_to_float(s[i]);
+  return x;
+#endif
+}
+inline Short encode(Vec<float> x, half) {
+#if defined(__AVX512F__)
+  return (Short)_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Short)_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  Short s;
+  for (int i = 0; i < Vec<float>::size; i++) s[i] = float_to_half(x.v[i]);
+  return s;
+#endif
+}
+
+// Part of a vector of any element, by mask where the machine has one.
+template <class Raw, class E> inline Raw load_part(const E *p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 2) return (Raw)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  else if constexpr (sizeof(E) == 4) return (Raw)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else return (Raw)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#else
+  E part[sizeof(Raw) / sizeof(E)] = {};
+  for (int i = 0; i < n; i++) part[i] = p[i];
+  Raw r;
+  std::memcpy(&r, part, sizeof r);
+  return r;
+#endif
+}
+template <class Raw, class E> inline void store_part(E *p, int n, Raw r) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)r);
+  else if constexpr (sizeof(E) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)r);
+  else _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)r);
+#else
+  E part[sizeof(Raw) / sizeof(E)];
+  std::memcpy(part, &r, sizeof r);
+  for (int i = 0; i < n; i++) p[i] = part[i];
+#endif
+}
+
+template <class T> inline Vec<Real<T>> load(const T *p, int64_t n = lanes<T>) {
+  using V = Vec<Real<T>>;
+  if constexpr (sizeof(T) == 2) {
+    Short s;
+    if (n >= V::size) std::memcpy(&s, p, sizeof s);
+    else s = load_part<Short>(reinterpret_cast<const uint16_t *>(p), int(n));
+    return decode(s, T{});
+  } else
+    return n >= V::size ? V::load(p) : V(load_part<typename V::Raw>(p, int(n)));
+}
+template <class T> inline void store(T *p, Vec<Real<T>> x, int64_t n = lanes<T>) {
+  using V = Vec<Real<T>>;
+  if constexpr (sizeof(T) == 2) {
+    const Short s = encode(x, T{});
+    if (n >= V::size) std::memcpy(p, &s, sizeof s);
+    else store_part(reinterpret_cast<uint16_t *>(p), int(n), s);
+  } else if (n >= V::size)
+    x.store(p);
+  else
+    store_part(p, int(n), x.v);
+}
+
+} // namespace gk

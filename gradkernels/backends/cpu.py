@@ -1,0 +1,161 @@
+"""The C++ kernels of csrc/ on the CPU: finds the build for this machine's instruction set and hands it addresses.
+
+Every argument has been checked and made contiguous by the op; here tensors are allocated and pointers are passed.
+A result is the same bits in every run, and for any number of threads but for the norms of a probe, which are summed
+thread by thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gradkernels.cells import Cell
+
+# What torch found the machine to be capable of, best first; ATEN_CPU_CAPABILITY selects one by hand.
+BUILDS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
+STORAGE = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+HUGE = 4 << 20  # bytes from which fresh memory is asked for in large pages
+
+
+@functools.cache
+def build() -> ModuleType:
+    """The compiled module for this machine; ImportError when there is none."""
+    for name in BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("base",)):
+        try:
+            return importlib.import_module(f"gradkernels._cpu_{name}")
+        except ModuleNotFoundError:
+            continue
+    raise ImportError("the C++ kernels are not built; install a C++17 compiler, then `pip install .` again")
+
+
+def why_not(cell: Cell | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None) -> str | None:
+    """The reason why this backend cannot run that, or None."""
+    if device is not None and device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype is not None and dtype not in STORAGE:
+        return f"it has no kernels for {dtype}"
+    try:
+        module = build()
+    except ImportError as e:
+        return str(e)
+    if cell is not None and not module.has_cell(cell.name):
+        return f"cell {cell.name!r} was not there when the kernels were compiled"
+    return None
+
+
+def _empty(like: Tensor, *shape: int, zero: bool = False) -> Tensor:
+    t = like.new_empty(shape)
+    if t.nbytes >= HUGE:
+        build().huge_pages(t.data_ptr(), t.nbytes)
+    return t.zero_() if zero else t
+
+
+def _steps(x: Tensor, B: int, batch_sizes: Tensor | None, lengths: Tensor | None) -> tuple[int, list[Tensor | None]]:
+    """T, and [rows of a step, its first token, column of a row]; None where dense."""
+    if batch_sizes is not None:
+        return batch_sizes.shape[0], [batch_sizes, batch_sizes.cumsum(0) - batch_sizes, None]
+    T = x.shape[0]
+    if lengths is None:
+        return T, [None, None, None]
+    order = torch.argsort(lengths, descending=True, stable=True)
+    ended = torch.bincount(lengths, minlength=T + 1).cumsum(0)[:T]  # rows of length <= t
+    return T, [B - ended, None, order]
+
+
+def _addresses(tensors: list[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def forward(
+    cell: Cell,
+    x: Tensor,  # [T, B, I], or [N, I] with batch_sizes; gates [.., G * H] when weight_ih is None
+    weight_ih: Tensor | None,  # [G * H, I]
+    bias_ih: Tensor | None,  # [G * H]
+    weight_hh: Tensor,  # [G * H, R]
+    bias_hh: Tensor | None,  # [G * H]
+    weight_hr: Tensor | None,  # [R, H]
+    state: list[Tensor],  # [B, R], then [B, H]
+    batch_sizes: Tensor | None,  # [T]
+    lengths: Tensor | None,  # [B]
+    reverse: bool,
+    keep: int,
+) -> list[Tensor]:
+    H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
+    shape, N = x.shape[:-1], math.prod(x.shape[:-1])
+    T, steps = _steps(x, B, batch_sizes, lengths)
+    ragged = lengths is not None
+    seq = [_empty(x, *shape, s.shape[1], zero=ragged) for s in (state if keep else state[:1])]
+    raw = _empty(x, N, H, zero=ragged) if keep == 2 and weight_hr is not None else None
+    acts = _empty(x, N, cell.A, H) if keep == 2 else None
+    if N == 0:
+        final = [s.clone() for s in state]
+    else:
+        final = [torch.empty_like(s) for s in state]
+        wanted = [*seq, *[None] * (cell.S - len(seq))]
+        tensors = [*steps, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, raw, acts, *state, *wanted, *final]
+        build().recurrent_forward(
+            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), _addresses(tensors)
+        )  # fmt: skip
+    return [t for t in (*seq, *final, raw, acts) if t is not None]
+
+
+def backward(
+    cell: Cell,
+    grads: list[Tensor | None],  # of the S sequences, then of the S final states; None is zero
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    saved: list[Tensor],  # S sequences, (raw [N, H],) acts [N, A, H]
+    state: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    need: list[bool],
+    gates: bool,
+    norms: bool,
+) -> list[Tensor]:
+    H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
+    shape, GH = x.shape[:-1], weight_hh.shape[0]
+    T, steps = _steps(x, B, batch_sizes, lengths)
+    empty, ragged = x.numel() == 0, lengths is not None
+    raw, acts = (None if weight_hr is None else saved[cell.S]), saved[-1]
+
+    def like(wanted: bool, *size: int, rows: bool = False) -> Tensor | None:
+        """A gradient to fill; rows that no step visits and weights that no token reaches are zero."""
+        return _empty(x, *(shape if rows else ()), *size, zero=ragged if rows else empty) if wanted else None
+
+    by_gates = gates or (need[0] and weight_ih is None)
+    dgates = like(by_gates, GH, rows=True)
+    dr = like(gates and bool(cell.split), GH, rows=True)
+    v = like(gates and bool(cell.second), H, rows=True)
+    dproj = like(gates and weight_hr is not None, R, rows=True)
+    weights = [w and not gates for w in need]
+    dx = like(weights[0] and weight_ih is not None, x.shape[-1], rows=True)
+    dw_ih, db_ih = like(weights[1], GH, x.shape[-1]), like(weights[2], GH)
+    dw_hh, db_hh, dw_hr = like(weights[3], GH, R), like(weights[4], GH), like(weights[5], R, H)
+    size = torch.zeros(T, cell.S + 1, dtype=torch.float64) if norms else None
+    if empty or acts.shape[0] == 0:
+        dstate = [torch.zeros_like(s) if g is None else g.clone() for s, g in zip(state, grads[cell.S :])]
+    else:
+        dstate = [torch.empty_like(s) for s in state]
+        tensors = [
+            *steps, x, weight_ih, weight_hh, weight_hr, raw, acts, *saved[: cell.S], *state, *grads,
+            dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, *dstate, dgates, dr, v, dproj, size,
+        ]  # fmt: skip
+        build().recurrent_backward(
+            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), _addresses(tensors)
+        )  # fmt: skip
+    first = [dgates, dr, v, dproj] if gates else [dgates if dx is None else dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr]
+    return [t for t in (*first, *dstate, size) if t is not None]
