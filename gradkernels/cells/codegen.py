@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from .derive import Cell
+from .bind import Cell
 
 HEADER = Path(__file__).parents[2] / "csrc" / "cells.gen.h"
 
@@ -38,9 +38,13 @@ _RESULTS = {
 def struct(cell: Cell) -> str:
     """The C++ struct of a cell. NotImplementedError: it uses what the C++ drivers do not have."""
     if cell.P:
-        raise NotImplementedError(f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet")
+        raise NotImplementedError(
+            f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet"
+        )
     functions = {f.name: f for f in ast.parse(cell.source).body if isinstance(f, ast.FunctionDef)}
-    used = {n.func.id for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    used = {
+        n.func.id for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
     if "mean" in used:
         raise NotImplementedError(f"cell '{cell.name}' has mean, a sum over units, which the C++ drivers cannot do yet")
     if not cell.name.isidentifier() or not cell.name.isascii():
@@ -62,7 +66,7 @@ def header(cells: Iterable[Cell]) -> str:
     """All of csrc/cells.gen.h."""
     cells = list(cells)
     cases = "".join(f"  if (name == {_type_name(c)}::name) return f({_type_name(c)}{{}});\n" for c in cells)
-    return _TEMPLATE.format(structs="\n".join(map(struct, cells)), cases=cases)
+    return _TEMPLATE.format(structs="\n".join(map(struct, cells)), cases=cases, first=_type_name(cells[0]))
 
 
 _TEMPLATE = """\
@@ -83,7 +87,7 @@ namespace gk {{
 
 {structs}
 // f(Cell{{}}) of the cell of that name.
-template <class F> auto with_cell(const std::string &name, F f) -> decltype(f(Lstm{{}})) {{
+template <class F> auto with_cell(const std::string &name, F f) -> decltype(f({first}{{}})) {{
 {cases}  throw std::invalid_argument("no compiled cell '" + name + "'");
 }}
 
@@ -116,6 +120,7 @@ def _expression(node: ast.expr) -> str:
 
 
 def _function(node: ast.FunctionDef, results: dict[str, str]) -> list[str]:
+    read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     body: list[str] = []
     tuples: dict[str, list[ast.expr]] = {}
     for statement in node.body:
@@ -126,14 +131,14 @@ def _function(node: ast.FunctionDef, results: dict[str, str]) -> list[str]:
                 kind = "auto" if isinstance(value, ast.Compare) else "V"
                 body.append(f"const {kind} {name} = {_expression(value)};")
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id=group)):
-                body += [f"const V {ast.unparse(n)} = {group}[{k}];" for k, n in enumerate(names)]
+                unpacked = [(k, ast.unparse(n)) for k, n in enumerate(names)]
+                body += [f"const V {name} = {group}[{k}];" for k, name in unpacked if name in read]
             case ast.Return(value=ast.Tuple(elts=values)):
                 body += _results(values, results, tuples)
             case ast.Return(value=ast.expr() as value):
                 body += _results([value], results, tuples)
             case _:
                 raise AssertionError(f"not a statement of a printed cell: {ast.unparse(statement)}")
-    body = _used(body)
     mentioned = set(re.findall(r"\w+", "\n".join(body)))
     declare = lambda name, text: text.format(name if name in mentioned else "")
     given = ", ".join(declare(a.arg, _PARAMETERS[a.arg]) for a in node.args.args)
@@ -162,16 +167,6 @@ def _results(values: list[ast.expr], results: dict[str, str], tuples: dict[str, 
         line = " ".join(assignments)
         lines += [line] if len(line) <= 112 else assignments
     return lines
-
-
-def _used(body: list[str]) -> list[str]:
-    """Without variables that nothing reads: kept values of which a function needs only some."""
-    kept: list[str] = []
-    for line in reversed(body):
-        declared = re.match(r"const \w+ (\w+) =", line)
-        if declared is None or any(re.search(rf"\b{declared[1]}\b", other) for other in kept):
-            kept.insert(0, line)
-    return kept
 
 
 def main(arguments: list[str] | None = None) -> int:

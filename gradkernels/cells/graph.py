@@ -33,9 +33,9 @@ _RULES = {
     "softplus(a)": ("g * sigmoid(a)",),
     "abs(a)": ("g * sign(a)",),
     "sign(a)": (None,),
-    # equal arguments share the gradient, as in torch
-    "min(a, b)": ("where(a < b, g, where(a > b, 0, 0.5 * g))", "where(a > b, g, where(a < b, 0, 0.5 * g))"),
-    "max(a, b)": ("where(a > b, g, where(a < b, 0, 0.5 * g))", "where(a < b, g, where(a > b, 0, 0.5 * g))"),
+    # equal arguments share the gradient, and both get it where one is NaN, as in torch
+    "min(a, b)": ("where(a > b, 0, where(a >= b, 0.5 * g, g))", "where(a < b, 0, where(a <= b, 0.5 * g, g))"),
+    "max(a, b)": ("where(a < b, 0, where(a <= b, 0.5 * g, g))", "where(a > b, 0, where(a >= b, 0.5 * g, g))"),
     "where(c, a, b)": (None, "where(c, g, 0)", "where(c, 0, g)"),
     "lt(a, b)": (None, None),
     "gt(a, b)": (None, None),
@@ -50,7 +50,7 @@ _MACROS = {
     "rsqrt(a)": "1 / sqrt(a)",
     "silu(a)": "a * sigmoid(a)",
     "softsign(a)": "a / (1 + abs(a))",
-    "clamp(a, lo, hi)": "min(max(a, lo), hi)",
+    "clamp(a, lo, hi)": "where(a < lo, lo, where(a > hi, hi, a))",  # at a bound the gradient passes, as in torch
 }
 
 
@@ -64,7 +64,8 @@ RULES = _signatures(_RULES)
 MACROS = _signatures(_MACROS)
 OPERATORS: dict[type, str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow"}
 COMPARES: dict[type, str] = {ast.Lt: "lt", ast.Gt: "gt", ast.LtE: "le", ast.GtE: "ge"}
-_HIDDEN = {*OPERATORS.values(), *COMPARES.values(), "neg", "full_like"} - {"pow"}  # not reached by name
+CONDITIONS = set(COMPARES.values())
+_HIDDEN = {*OPERATORS.values(), *CONDITIONS, "neg", "full_like"} - {"pow"}  # not reached by name
 VOCABULARY = sorted((set(RULES) - _HIDDEN) | set(MACROS))
 COSTLY = set(RULES) - _HIDDEN - {"relu", "abs", "sign", "min", "max", "where"}
 
@@ -93,13 +94,17 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "min": min,
     "max": max,
     "mean": lambda a: a,
+    "lt": lambda a, b: a < b,
+    "gt": lambda a, b: a > b,
+    "le": lambda a, b: a <= b,
+    "ge": lambda a, b: a >= b,
 }
 
 
 class Node:
     """An operation on other nodes, a number ("const"), or a value from outside ("leaf": group and index)."""
 
-    __slots__ = ("op", "args", "order", "name", "hint")
+    __slots__ = ("args", "hint", "name", "op", "order")
 
     def __init__(self, op: str, args: tuple, order: int):
         self.op, self.args, self.order = op, args, order
@@ -112,6 +117,10 @@ class Node:
     @property
     def is_leaf(self) -> bool:
         return self.op in ("const", "leaf")
+
+    @property
+    def is_condition(self) -> bool:
+        return self.op in CONDITIONS
 
     @property
     def number(self) -> float | None:
@@ -153,7 +162,7 @@ class Graph:
                 return a.args[0]
             case "add", [a, b], [0, _]:
                 return b
-            case ("add" | "sub"), [a, b], [_, 0]:
+            case (("add" | "sub"), [a, b], [_, 0]):
                 return a
             case "add", [a, b], _ if b.op == "neg":
                 return self.call("sub", a, b.args[0])
@@ -163,7 +172,7 @@ class Graph:
                 return self.call("neg", b)
             case "mul", [a, b], [1, _]:
                 return b
-            case ("mul" | "div" | "pow"), [a, b], [_, 1]:
+            case (("mul" | "div" | "pow"), [a, b], [_, 1]):
                 return a
             case "mul", [a, b], [-1, _]:
                 return self.call("neg", b)
@@ -173,11 +182,15 @@ class Graph:
                 return self.call("neg", self.call("mul", a, b.args[0]))
             case "pow", [a, b], [_, 0]:
                 return self.const(1)
-            case "pow", [a, b], [_, n] if n is not None and n == int(n) and 2 <= n <= 8:  # cheaper than a call, and exact
+            case "pow", [a, b], [_, n] if (
+                n is not None and n == int(n) and 2 <= n <= 8
+            ):  # cheaper than a call, and exact
                 half = self.call("pow", a, self.const(n // 2))
                 square = self.make("mul", half, half)
                 return square if n % 2 == 0 else self.make("mul", square, a)
-            case "where", [c, a, b], [_, m, n] if m is not None and n is not None:  # torch would choose a dtype of its own
+            case "where", [c, a, b], [_, m, n] if (
+                m is not None and n is not None
+            ):  # torch would choose a dtype of its own
                 like = next(u for u in c.args if u.op != "const")
                 return self.make("where", c, self.make("full_like", like, a), b)
         return self.make(op, *args)

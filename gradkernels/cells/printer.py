@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ast
+import keyword
 from collections.abc import Iterable
 
 from .graph import COMPARES, OPERATORS, VOCABULARY, Node
 
-# Names that generated functions keep for their arguments and results, and words that other languages will not have as names.
-_GROUPS = "x r s p a t dt v dv dx dr ds dp total G S P A Q V name shared".split()
-_WORDS = (
-    "auto bool break case catch char class const constexpr continue default delete do double else enum extern false float for "
-    "friend goto if inline int long mutable namespace new operator private protected public register return short signed sizeof "
-    "static struct switch template this throw true try typedef typename union unsigned using virtual void volatile while full_like "
-    "False None True and as assert async await def del elif except finally from global import in is lambda nonlocal not or pass raise with yield"
-).split()
+# Names that generated functions keep for their arguments and results, and the words that C++ does not have as names.
+_OWN = "x r s p a t dt v dv dx dr ds dp total G S P A Q V name shared full_like"
+_CPP = """
+auto bool case catch char const constexpr default delete do double enum explicit export extern false float friend goto inline
+int long mutable namespace new noexcept operator private protected public register short signed sizeof static struct switch
+template this throw true typedef typeid typename union unsigned using virtual void volatile wchar_t
+"""
 _OPERATORS = {name: kind for kind, name in OPERATORS.items() if name != "pow"}
 _COMPARES = {name: kind for kind, name in COMPARES.items()}
 
@@ -25,7 +25,7 @@ class Printer:
     def __init__(self, given: dict[Node, str] | None = None, width: int = 100):
         self.given = dict(given or {})  # node -> text that is available
         self.width = width
-        self.taken = {*_GROUPS, *_WORDS, *VOCABULARY}
+        self.taken = {*_OWN.split(), *_CPP.split(), *keyword.kwlist, *VOCABULARY}
         self.lines: list[str] = []
 
     def name(self, node: Node, hint: str | None) -> str:
@@ -51,7 +51,9 @@ class Printer:
             return ast.BinOp(args[0], _OPERATORS[node.op](), args[1])
         if node.op in _COMPARES:
             return ast.Compare(args[0], [_COMPARES[node.op]()], [args[1]])
-        return ast.UnaryOp(ast.USub(), args[0]) if node.op == "neg" else ast.Call(ast.Name(node.op, ast.Load()), args, [])
+        return (
+            ast.UnaryOp(ast.USub(), args[0]) if node.op == "neg" else ast.Call(ast.Name(node.op, ast.Load()), args, [])
+        )
 
     def text(self, node: Node) -> str:
         return ast.unparse(self.tree(node))
@@ -76,8 +78,8 @@ class Printer:
             visit(r)
         order.sort(key=lambda n: n.order)
         uses: dict[Node, int] = {}
-        for n in [*(a for n in order for a in n.inputs), *results]:
-            uses[n] = uses.get(n, 0) + 1
+        for used in [*(a for n in order for a in n.inputs), *results]:
+            uses[used] = uses.get(used, 0) + 1
         for n in order:
             if n.name or uses.get(n, 0) > 1 or len(self.text(n)) > self.width:
                 text = self.text(n)

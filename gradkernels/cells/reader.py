@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import difflib
 import functools
-import linecache
-import math
 import types
 from typing import Any, NoReturn
 
 from .graph import COMPARES, MACROS, OPERATORS, RULES, VOCABULARY, Graph, Node, reach
+from .source import fail, find, meaning, scope
 
 _NAMES = {  # what people call them
     ast.If: "a branch",
@@ -58,22 +56,13 @@ class Products(Group):
         return max([*self.read, *self.second], default=-1) + 1
 
 
-def fail(filename: str, node: ast.AST, message: str) -> NoReturn:
-    """SyntaxError at this node. Its columns count characters where ast counts bytes."""
-    place: Any = node  # every node that gets here has a position
-    line = linecache.getline(filename, place.lineno)
-    column = lambda offset: len(line.encode()[:offset].decode(errors="ignore")) + 1
-    end = column(place.end_col_offset) if place.end_lineno == place.lineno else len(line)
-    raise SyntaxError(message, (filename, place.lineno, column(place.col_offset), line, place.lineno, end))
-
-
 class Reader:
     """Reads one function; helpers that it calls are read in place by readers of their own."""
 
     def __init__(self, graph: Graph, filename: str = "<rule>", outer: dict | None = None, calls: tuple = ()):
         self.graph, self.filename, self.outer, self.calls = graph, filename, outer or {}, calls
         self.env: dict[str, Any] = {}
-        self.last: ast.AST | None = None  # the return statement, once read
+        self.returned: ast.AST | None = None  # what is returned, once read
 
     def error(self, node: ast.AST, message: str) -> NoReturn:
         fail(self.filename, node, message)
@@ -83,12 +72,18 @@ class Reader:
         hint = "; use where(condition, a, b)" if what == "a branch" else ""
         self.error(node, f"a cell is straight-line arithmetic: {what} is not allowed{hint}")
 
+    def parameters(self, node: ast.FunctionDef | ast.Lambda) -> list[str]:
+        a = node.args
+        if a.vararg or a.kwonlyargs or a.kwarg or a.defaults:
+            self.error(node, "functions of a cell have plain positional parameters, without defaults")
+        return [p.arg for p in (*a.posonlyargs, *a.args)]
+
     # -- statements
 
     def function(self, node: ast.FunctionDef | ast.Lambda, arguments: list) -> Any:
-        self.env = dict(zip([a.arg for a in node.args.args], arguments))
+        self.env = dict(zip(self.parameters(node), arguments))
         if isinstance(node, ast.Lambda):
-            self.last = node.body
+            self.returned = node.body
             return self.value(node.body)
         for k, statement in enumerate(node.body):
             match statement:
@@ -104,7 +99,7 @@ class Reader:
                     before = ast.copy_location(ast.Name(name, ast.Load()), target)
                     self.assign(target, self.binary(statement, op, self.scalar(before), self.scalar(value)))
                 case ast.Return(value=value) if value:
-                    self.last = value
+                    self.returned = value
                     return self.value(value)
                 case _:
                     self.refuse(statement)
@@ -116,7 +111,7 @@ class Reader:
                 if isinstance(value, Node) and not value.is_leaf and value.name is None:
                     value.name = name
                 self.env[name] = value
-            case (ast.Tuple(elts=elts) | ast.List(elts=elts)) if not isinstance(value, Node):
+            case ast.Tuple(elts=elts) | ast.List(elts=elts) if not isinstance(value, Node):
                 if isinstance(value, Group):
                     value = [value[k] for k in range(len(elts))]
                 if len(elts) != len(value):
@@ -132,6 +127,8 @@ class Reader:
         value = self.value(node)
         if not isinstance(value, Node):
             self.error(node, "a single value is wanted here, not a group of them; index it, as in x[0]")
+        if value.is_condition:
+            self.error(node, "a comparison is the condition of where(condition, a, b) and nothing else")
         return value
 
     def value(self, node: ast.AST) -> Any:
@@ -161,27 +158,26 @@ class Reader:
                 return self.binary(node, op, self.scalar(a), self.scalar(b))
             case ast.Call(func=f, args=args, keywords=keywords):
                 return self.call(node, f, args, keywords)
+            case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in COMPARES:
+                return self.graph.call(COMPARES[type(op)], self.scalar(a), self.scalar(b))
             case ast.Compare():
-                self.error(node, "a comparison is the condition of where(condition, a, b) and nothing else")
+                self.error(node, "a condition is one comparison: a < b, a <= b, a > b or a >= b")
         self.refuse(node)
 
     def condition(self, node: ast.AST) -> Node:
-        match node:
-            case ast.Name(id=name) if isinstance(self.env.get(name), Node):
-                value = self.env[name]
-                if value.op in COMPARES.values():
-                    return value
-            case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in COMPARES:
-                values = self.scalar(a), self.scalar(b)
-                if all(v.op == "const" for v in values):
-                    self.error(node, "both sides of this comparison are numbers")
-                return self.graph.call(COMPARES[type(op)], *values)
-        self.error(node, "a condition is one comparison: a < b, a <= b, a > b or a >= b")
+        value = self.value(node)
+        if not isinstance(value, Node) or not (value.is_condition or value.op == "const"):
+            self.error(node, "a condition is one comparison: a < b, a <= b, a > b or a >= b")
+        return value
 
     def index(self, node: ast.AST) -> int:
         match node:
             case ast.Constant(value=int() as k) if not isinstance(k, bool):
                 return k
+            case ast.Name() if isinstance(number := self.value(node), Node) and number.op == "const":
+                k = int(number.args[0])
+                if k == number.args[0] and k >= 0:
+                    return k
             case ast.UnaryOp(op=ast.USub()):
                 self.error(node, "an index counts from 0: how many values there are is inferred from the largest one")
         self.error(node, "an index must be a plain number")
@@ -211,7 +207,11 @@ class Reader:
         if keywords or any(isinstance(a, ast.Starred) for a in args):
             self.error(node, "functions of a cell take plain positional arguments")
         target: Any
-        if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name) and isinstance(self.env.get(f.value.id), Products):
+        if (
+            isinstance(f, ast.Subscript)
+            and isinstance(f.value, ast.Name)
+            and isinstance(self.env.get(f.value.id), Products)
+        ):
             return self.product(node, self.env[f.value.id], self.index(f.slice), args)
         if isinstance(f, ast.Name) and f.id not in self.env:
             target = self.resolve(f, f.id)
@@ -228,8 +228,7 @@ class Reader:
     def known(self, node: ast.Call, name: str, args: list) -> Node:
         wanted = (RULES.get(name) or MACROS[name])[0]
         if len(args) != len(wanted):
-            count = f"{len(wanted)} argument{'s' * (len(wanted) != 1)}"
-            self.error(node, f"{name}({', '.join(wanted)}) takes {count}, {len(args)} given")
+            self.error(node, f"{name}({', '.join(wanted)}) takes {_count(wanted)}, {len(args)} given")
         if name == "where":
             return self.apply(node, name, self.condition(args[0]), self.scalar(args[1]), self.scalar(args[2]))
         values = [self.scalar(a) for a in args]
@@ -243,9 +242,11 @@ class Reader:
         if function in self.calls:
             self.error(node, f"{function.__name__} calls itself")
         body, filename = find(function)
-        if len(body.args.args) != len(values):
-            self.error(node, f"{function.__name__} takes {len(body.args.args)} arguments, {len(values)} given")
-        return Reader(self.graph, filename, scope(function), (*self.calls, function)).function(body, values)
+        inner = Reader(self.graph, filename, scope(function), (*self.calls, function))
+        wanted = inner.parameters(body)
+        if len(wanted) != len(values):
+            self.error(node, f"{function.__name__}({', '.join(wanted)}) takes {_count(wanted)}, {len(values)} given")
+        return inner.function(body, values)
 
     def product(self, node: ast.Call, r: Products, k: int, args: list) -> Node:
         """r[k](v)"""
@@ -286,15 +287,17 @@ class Reader:
         value = getattr(value, node.attr, None)
         if value is None:
             self.error(node, f"unknown name '{ast.unparse(node)}'")
-        return _meaning(value)
+        return meaning(value)
 
     def resolve(self, node: ast.AST, name: str) -> Any:
         """The author's own binding, else the vocabulary."""
         if name in self.outer:
-            return _meaning(self.outer[name])
+            return meaning(self.outer[name])
         if name in VOCABULARY:
             return name
-        near = difflib.get_close_matches(name, [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))], 1)
+        near = difflib.get_close_matches(
+            name, [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))], 1
+        )
         hint = f"did you mean {near[0]}? F" if near else "f"
         self.error(node, f"unknown name '{name}'; {hint}unctions of a cell are {', '.join(VOCABULARY)}")
 
@@ -330,68 +333,5 @@ def _root(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _meaning(value: Any) -> Any:
-    try:
-        return _known_functions().get(value, value)
-    except TypeError:  # unhashable
-        return value
-
-
-@functools.cache
-def _known_functions() -> dict[Any, str]:
-    """Functions that the author may have imported, by identity."""
-    import torch
-    import torch.nn.functional as F
-
-    known: dict[Any, str] = {getattr(builtins, n): n for n in ("abs", "min", "max", "pow")}
-    for n in VOCABULARY:
-        for module in (torch, F, math):
-            if callable(getattr(module, n, None)):
-                known[getattr(module, n)] = n
-    known |= {torch.minimum: "min", torch.maximum: "max", math.fabs: "abs"}
-    del known[torch.mean]  # reduces over everything: not the mean over units
-    return known
-
-
-def scope(function: types.FunctionType) -> dict[str, Any]:
-    """What the names of a function mean: its closure over its globals."""
-    names = dict(function.__globals__)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        try:
-            names[name] = cell.cell_contents
-        except ValueError:  # not assigned yet: an unknown name if it is used
-            names.pop(name, None)
-    return names
-
-
-def find(function: types.FunctionType) -> tuple[ast.FunctionDef | ast.Lambda, str]:
-    """The syntax tree of a function with its file's own line numbers, and the file; lambdas on one line by their column."""
-    code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)
-    place = (code.co_filename, code.co_firstlineno, 1, lines[code.co_firstlineno - 1] if len(lines) >= code.co_firstlineno else "")
-    if not lines:
-        raise SyntaxError(f"the source text of '{function.__name__}' is not available: a cell must come from a file or a notebook cell", place)
-    found: list[ast.FunctionDef | ast.Lambda] = []
-    names = list(code.co_varnames[: code.co_argcount])
-    for node in ast.walk(ast.parse("".join(lines), code.co_filename)):
-        if isinstance(node, ast.FunctionDef) and node.name == function.__name__:
-            if code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list)):
-                found.append(node)
-        elif isinstance(node, ast.Lambda) and code.co_name == "<lambda>" and node.lineno == code.co_firstlineno:
-            if [a.arg for a in node.args.args] == names and _inside(code, node.body):
-                found.append(node)
-    if not found:
-        raise SyntaxError(f"'{function.__name__}' was not found in {code.co_filename}: has the file changed since?", place)
-    if len(found) > 1 and not hasattr(code, "co_positions"):
-        raise SyntaxError("lambdas on one line cannot be told apart before Python 3.11; give each a line of its own", place)
-    return found[-1], code.co_filename  # the innermost
-
-
-def _inside(code: types.CodeType, body: Any) -> bool:
-    """Whether the first instruction of this code lies in this expression."""
-    if not hasattr(code, "co_positions"):
-        return True
-    for line, end_line, column, end_column in code.co_positions():
-        if None not in (line, column) and line == end_line and column != end_column:
-            return (body.lineno, body.col_offset) <= (line, column) <= (body.end_lineno, body.end_col_offset)
-    return True
+def _count(parameters: list[str]) -> str:
+    return "1 argument" if len(parameters) == 1 else f"{len(parameters)} arguments"

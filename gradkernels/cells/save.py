@@ -7,7 +7,10 @@ from typing import Any
 
 from .graph import COSTLY, Node, reach
 
-_PLANE, _CHEAP = 1_000_000, 10_000  # integers, so that the cut is exact; the remainder of a plane breaks ties towards early nodes
+_PLANE, _CHEAP = (
+    1_000_000,
+    10_000,
+)  # integers, so that the cut is exact; the remainder of a plane breaks ties towards early nodes
 
 
 def choose_saved(outputs: list[Node], wanted: list[Node], recompute: float) -> list[Node]:

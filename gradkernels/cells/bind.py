@@ -1,0 +1,148 @@
+"""What a derived cell is: sizes and printed functions, and these functions bound to torch."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One step of a recurrence: sizes, and the printed text of everything derived from its forward.
+
+    The functions take and return tuples of tensors, elementwise and without touching their arguments: `x[G]`, `r[G]` the
+    pre-activations of the input and of the recurrent product, `s[S]` the states before the step (`s[0]` is what the recurrent
+    matrix multiplies), `p[P]` per-unit parameters (an argument only where P > 0), `t[S]` the states after it, `a[A]` what
+    forward keeps, `dt[S]` the adjoints of t. All have the shape of one plane, such as [B, H], and one floating dtype.
+
+    * `forward(x, r, s[, p]) -> t, a`
+    * `backward(a, s, t[, p], dt) -> dx, dr, ds[, dp], total`: total holds the full adjoints of t, with what reaches a state
+      through the other states of the same step; it is what `retain_grad` on them shows
+    * `tangent(x, r, s[, p], dx, dr, ds[, dp]) -> t, dt`: forward mode
+
+    Where a cell writes `r[k](v)`, those k are in `second`, and the driver makes two dependent products a step:
+
+    * `operand(x, r, s[, p]) -> v`: reads no `r[k]` of k in second, which are made of v: `r[k] = W_k v + b_k`
+    * `operand_tangent(x, r, s[, p], dx, dr, ds[, dp]) -> v, dv`
+    * `second_adjoint(a, s, t[, p], dt) -> v, dr`: v again, and `dr[k]` for k in second
+    * `backward(a, s, t[, p], dt, dv)`: takes the adjoint of v, `dv = sum_k W_k^T dr[k]`
+
+    Cells are equal when their text is; they pickle, and copies are the cell itself.
+
+    >>> from gradkernels.cells import get
+    >>> gru = get("gru")
+    >>> gru.G, gru.S, gru.A, gru.split
+    (3, 1, 4, (2,))
+    >>> print(get("rnn_tanh").source)
+    def forward(x, r, s):
+        return (tanh(x[0] + r[0]),), ()
+    <BLANKLINE>
+    <BLANKLINE>
+    def backward(a, s, t, dt):
+        dx0 = dt[0] * (1 - t[0] * t[0])
+        dx = (dx0,)
+        return dx, dx, (full_like(s[0], 0),), (dt[0],)
+    <BLANKLINE>
+    <BLANKLINE>
+    def tangent(x, r, s, dx, dr, ds):
+        u1 = tanh(x[0] + r[0])
+        return (u1,), ((dx[0] + dr[0]) * (1 - u1 * u1),)
+    <BLANKLINE>
+    """
+
+    name: str
+    G: int  # gates
+    S: int  # states
+    P: int  # per-unit parameters
+    A: int  # values kept for backward
+    split: tuple[int, ...]  # gates whose dr is not their dx
+    second: tuple[int, ...]  # gates whose recurrent product is of the operand instead of s[0]: the last ones
+    source: str = field(repr=False)
+
+    def __copy__(self) -> Cell:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Cell:
+        return self
+
+    def __reduce__(self) -> tuple:  # without the bound functions, which do not pickle
+        return Cell, (self.name, self.G, self.S, self.P, self.A, self.split, self.second, self.source)
+
+    @functools.cached_property
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The printed functions over torch tensors, by name."""
+        return bind(self.source, f"<cell {self.name}>", torch_functions())
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self.functions["forward"]
+
+    @property
+    def backward(self) -> Callable[..., Any]:
+        return self.functions["backward"]
+
+    @property
+    def tangent(self) -> Callable[..., Any]:
+        return self.functions["tangent"]
+
+    @property
+    def operand(self) -> Callable[..., Any]:
+        return self._second("operand")
+
+    @property
+    def operand_tangent(self) -> Callable[..., Any]:
+        return self._second("operand_tangent")
+
+    @property
+    def second_adjoint(self) -> Callable[..., Any]:
+        return self._second("second_adjoint")
+
+    def _second(self, name: str) -> Callable[..., Any]:
+        if not self.second:
+            raise AttributeError(f"cell '{self.name}' has no {name}: its recurrent products are all of s[0]")
+        return self.functions[name]
+
+
+def bind(source: str, filename: str, namespace: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """The functions of a generated text over the vocabulary of a namespace; tracebacks, inspect and Triton find its lines."""
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    space = dict(namespace)
+    exec(compile(source, filename, "exec"), space)  # noqa: S102 - text of ours, printed from a graph
+    own = lambda f: isinstance(f, types.FunctionType) and f.__code__.co_filename == filename
+    return {name: f for name, f in space.items() if own(f)}
+
+
+@functools.cache
+def torch_functions() -> dict[str, Callable[..., Any]]:
+    """The vocabulary of cells over tensors."""
+    import torch
+
+    same = (
+        "sigmoid",
+        "tanh",
+        "relu",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sqrt",
+        "sin",
+        "cos",
+        "erf",
+        "abs",
+        "sign",
+        "pow",
+    )
+    tensor = lambda v, like: v if isinstance(v, torch.Tensor) else like.new_full((), v)
+    pair = lambda f: lambda a, b: f(tensor(a, b), tensor(b, a))
+    return {name: getattr(torch, name) for name in (*same, "where", "full_like")} | {
+        "min": pair(torch.minimum),
+        "max": pair(torch.maximum),
+        # F.softplus turns linear at 20, where it is off by 2e-9
+        "softplus": lambda a: torch.clamp(a, min=0) + torch.log1p(torch.exp(-torch.abs(a))),
+        "mean": lambda a: a.mean(-1, keepdim=True).expand_as(a),
+    }

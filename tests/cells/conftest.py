@@ -1,0 +1,105 @@
+# ruff: noqa: F821 - functions of the cell language need no import
+"""Cells that users might write. A test with the argument `each` runs on these and on the registry."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gradkernels.cells import CELLS, cell
+
+alpha = 0.1
+scales = (0.5, 2.0)
+
+
+@cell
+def peephole(x, r, s, p):
+    """Gers & Schmidhuber (2000)."""
+    i, f = sigmoid(x[0] + r[0] + p[0] * s[1]), sigmoid(x[1] + r[1] + p[1] * s[1])
+    c = f * s[1] + i * tanh(x[2] + r[2])
+    return sigmoid(x[3] + r[3] + p[2] * c) * tanh(c), c
+
+
+@cell
+def slstm(x, r, s):
+    """Beck et al. (2024): exponential gates, a normaliser and a stabiliser."""
+    zi, zf = x[0] + r[0], x[1] + r[1]
+    m = max(zf + s[3], zi)
+    i, f = exp(zi - m), exp(zf + s[3] - m)
+    c, n = f * s[1] + i * tanh(x[2] + r[2]), f * s[2] + i
+    return sigmoid(x[3] + r[3]) * c / n, c, n, m
+
+
+@cell
+def layer_norm_lstm(x, r, s):
+    """Ba, Kiros & Hinton (2016), the norm inside the output only."""
+    i, f, g, o = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1]), tanh(x[2] + r[2]), sigmoid(x[3] + r[3])
+    c = f * s[1] + i * g
+    d = c - mean(c)
+    return o * tanh(d / sqrt(mean(d * d) + 1e-5)), c
+
+
+@cell
+def minimal_gated_unit(x, r, s):
+    """Zhou et al. (2016): the operand's gate is the only gate."""
+    f = sigmoid(x[0] + r[0])
+    return s[0] + f * (tanh(x[1] + r[1](f * s[0])) - s[0])
+
+
+@cell
+def two_products(x, r, s):
+    """Two gates of one operand, which is used by itself too and needs a function to compute it again."""
+    v = s[0] * tanh(x[0] + r[0]) + s[1]
+    n = tanh(x[1] + r[1](v)) + v
+    return n * sigmoid(x[2] + r[2](v)), v + 0.5 * n
+
+
+@cell
+def leaves(x, r, s):
+    """States that are leaves, numbers and each other."""
+    h = tanh(x[0] + r[0]) * s[1] + x[1] * s[2]
+    return h, x[1], s[1], 0.5, h
+
+
+def swish(v):
+    w = v * torch.sigmoid(v)
+    return w + alpha
+
+
+def both(groups, k):
+    return groups[0][k] + groups[1][k]
+
+
+@cell
+def everything(x, r, s):
+    """Every function there is, but mean."""
+    u = exp(-abs(x[0] + r[0])) + sqrt(1 + s[0] * s[0])
+    v = min(x[1], r[1]) + max(x[1] * 2, s[1]) + where(u > x[2], u * x[2], r[2] ** 3)
+    positive, large = v > 0, u >= 1.2
+    w = swish(v) / (2 + cos(u)) + F.softplus(x[0]) * sin(r[0]) + log(2 + square(v)) + erf(u) - relu(v)
+    w += log1p(abs(v)) + expm1(-abs(u)) + clamp(v, -1, 1) + where(positive, 0.1, 0.3) * x[0] + where(large, v, 1)
+    w = w + (softsign(r[2]) - silu(x[2]) + rsqrt(1 + v * v) + (2 + u) ** 1.5 + pow(1 + u, -2))
+    w = (
+        w * math.sqrt(scales[0])
+        - both((x, r), 1)
+        + sign(x[2]) * tanh(sigmoid(x[2]))
+        + softplus(v)
+        - max(u, 1.4)
+        + min(0.3, v)
+    )
+    return tanh(0.1 * w), 0.9 * s[1] + alpha * u * u
+
+
+ZOO = [peephole, slstm, layer_norm_lstm, minimal_gated_unit, two_products, leaves, everything]
+
+
+def pytest_generate_tests(metafunc):
+    if "each" in metafunc.fixturenames:
+        cells = [*CELLS.values(), *ZOO]
+        metafunc.parametrize("each", cells, ids=[c.name for c in cells])
+
+
+@pytest.fixture
+def zoo():
+    return {c.name: c for c in ZOO}
