@@ -8,9 +8,10 @@ import importlib
 from typing import Any
 
 from gradkernels import backends, cells, ops
+from gradkernels.cells import cell
 
 __version__ = "0.1.0"
-__all__ = ["backends", "cells", "convert", "doctor", "nn", "ops"]
+__all__ = ["backends", "cell", "cells", "convert", "doctor", "nn", "ops"]
 
 _LAZY = {"nn": "gradkernels.nn", "doctor": "gradkernels.doctor"}
 

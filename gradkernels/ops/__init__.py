@@ -1,5 +1,6 @@
 """Functions: arguments are checked here once, then a kernel runs, and all of it can be differentiated to any order."""
 
+from gradkernels.ops import _recurrent_direct  # noqa: F401 - registers what exported graphs need
 from gradkernels.ops.recurrent import recurrent
 
 __all__ = ["recurrent"]

@@ -7,7 +7,6 @@ once, beside the kernel, which both ways lead through. After both nothing can be
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -22,7 +21,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHTS = ("weight_ih", "bias_ih", "weight_hh", "bias_hh", "weight_hr")
 
 
-@functools.cache
 def _projects(cell: Cell) -> bool:
     """Only the recurrent product reads the first state, so that it may be of another width than the others."""
     source = cell.source

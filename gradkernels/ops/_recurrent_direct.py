@@ -1,0 +1,176 @@
+"""The operators called directly, as exported and traced graphs call them: derivatives and vmap of their own.
+
+`torch.library.register_autograd` would do for the first of these, but it takes a list with a None in it, as the gradients are,
+for one thing without derivative.
+"""
+
+from __future__ import annotations
+
+from itertools import compress
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gradkernels.backends import reference
+from gradkernels.ops import _recurrent_op as op
+from gradkernels.ops._recurrent_autograd import RecurrentBackward, apply, mapped_backward, mapped_forward
+
+# ---------------------------------------------------------------- derivatives
+
+
+class Direct(Function):
+    """An operator of lists as a function of what is in them."""
+
+    @staticmethod
+    def forward(ctx, call, derivative, spec, *flat):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = tuple(call(*tree_unflatten(list(flat), spec)))
+        is_tensor = [isinstance(v, Tensor) for v in flat]
+        ctx.spec = derivative, spec, [None if t else v for v, t in zip(flat, is_tensor)], is_tensor
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*compress(flat, is_tensor), *out)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        derivative, spec, flat, is_tensor = ctx.spec
+        kept = iter(ctx.saved_tensors)
+        flat = [next(kept) if t else v for v, t in zip(flat, is_tensor)]
+        return None, None, None, *derivative(flat, spec, list(kept), grads, ctx.needs_input_grad[3:])
+
+
+def through_reference(run, flat, spec, grads, needs):
+    """Derivatives of `run(*args)` in torch operations, wherever `needs` asks."""
+    places = [k for k, wanted in enumerate(needs) if wanted]
+    wanted = [k for k, g in enumerate(grads) if g is not None]
+
+    def function(*values):
+        given = dict(zip(places, values))
+        out = run(*tree_unflatten([given.get(k, v) for k, v in enumerate(flat)], spec))
+        return [out[k] for k in wanted]
+
+    _, pull = torch.func.vjp(function, *[flat[k] for k in places])
+    got = dict(zip(places, pull([grads[k] for k in wanted])))
+    return [got.get(k) for k in range(len(flat))]
+
+
+def forward_derivative(flat, spec, out, grads, needs):
+    cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend = tree_unflatten(
+        flat, spec
+    )
+    S, weights = len(state), (x, w_ih, b_ih, w_hh, b_hh, w_hr)
+    if keep == 2 and any(g is not None for g in grads[2 * S :]):  # nobody but a test differentiates what is kept
+        run = lambda cell, *args: reference.forward(op.cell_of(cell), *args[:-1])
+        return through_reference(run, flat, spec, grads, needs)
+    if keep != 2:  # what backward needs was not kept: run again
+        out = op.forward(cell, *weights, state, batch_sizes, lengths, reverse, 2, backend)
+    kept = *out[:S], *out[2 * S :]
+    seq = (*grads[: S if keep else 1], *[None] * (0 if keep else S - 1))
+    final = grads[S : 2 * S] if keep else grads[1 : 1 + S]
+    need = tuple(needs[1:7])
+    tensors = *weights, *state, *kept, *seq, *final
+    got = apply(RecurrentBackward)(cell, reverse, backend, need, False, False, batch_sizes, lengths, *tensors)
+    parts = iter(got)
+    return None, *(next(parts) if wanted else None for wanted in need), *parts, *[None] * 5
+
+
+def backward_derivative(flat, spec, out, grads, needs):
+    """`saved` counts as independent of the weights here: the forward operator answers for that dependence."""
+
+    def run(cell, *args):
+        return reference.backward(op.cell_of(cell), *args[:-1])
+
+    return through_reference(run, flat, spec, grads, needs)
+
+
+def differentiable(call, derivative):
+    def kernel(*args):
+        flat, spec = tree_flatten(args)
+        tensors = [v for v in flat if isinstance(v, Tensor)]
+        moving = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors)
+        if moving or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+            return list(Direct.apply(call, derivative, spec, *flat))
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
+    return kernel
+
+
+op.lib.impl("recurrent_forward", differentiable(op.forward_op, forward_derivative), "Autograd")
+op.lib.impl("recurrent_backward", differentiable(op.backward_op, backward_derivative), "Autograd")
+
+# ---------------------------------------------------------------- vmap
+
+
+def vmap_forward(
+    info, dims, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend
+):
+    def call(cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, _, *state):
+        steps = batch_sizes, lengths, reverse, keep, backend
+        return op.forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), *steps)
+
+    args = cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, None, *state
+    at = *[None] * 3, *dims[8:10], *dims[1:7], None, *each_dim(dims[7], state)
+    out, where = mapped_forward(info.batch_size, at, args, call, len(state) if keep else 1)
+    return list(out), list(where)
+
+
+def vmap_backward(
+    info,
+    dims,
+    cell,
+    grads,
+    x,
+    w_ih,
+    w_hh,
+    w_hr,
+    saved,
+    state,
+    batch_sizes,
+    lengths,
+    reverse,
+    need,
+    gates,
+    norms,
+    backend,
+):
+    S = len(state)
+
+    def call(cell, reverse, backend, need, gates, norms, batch_sizes, lengths, x, w_ih, _, w_hh, __, w_hr, *rest):
+        state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
+        how = batch_sizes, lengths, reverse, list(need), gates, norms, backend
+        return op.backward_op(cell, grads, x, w_ih, w_hh, w_hr, saved, state, *how)
+
+    tensors = x, w_ih, None, w_hh, None, w_hr, *state, *saved, *grads
+    lists = [d for at, values in ((dims[7], state), (dims[6], saved), (dims[1], grads)) for d in each_dim(at, values)]
+    at = *[None] * 6, *dims[8:10], dims[2], dims[3], None, dims[4], None, dims[5], *lists
+    args = cell, reverse, backend, need, gates, norms, batch_sizes, lengths, *tensors
+    out, where = mapped_backward(info.batch_size, at, args, call)
+    return list(out), list(where)
+
+
+def each_dim(dims, values):
+    return [None] * len(values) if dims is None else list(dims)
+
+
+def batched(*args):
+    """The backward operator under the older vmap, that of is_grads_batched and jacobian(vectorize=True), which has no fallback
+    for lists of tensors: its batched tensors are unwrapped and wrapped by hand."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    is_batched = lambda v: isinstance(v, Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)
+    flat, spec = tree_flatten(args)
+    moved = [torch._remove_batch_dim(v, level, 1, 0) if is_batched(v) else v for v in flat]
+    size = next(m.shape[0] for v, m in zip(flat, moved) if m is not v)
+    dims = tree_unflatten([None if m is v else 0 for v, m in zip(flat, moved)], spec)
+    out, where = vmap_backward(SimpleNamespace(batch_size=size), dims, *tree_unflatten(moved, spec))
+    return [torch._add_batch_dim(v, d, level) for v, d in zip(out, where)]
+
+
+op.lib.impl("recurrent_backward", batched, "Batched")
+torch.library.register_vmap("gradkernels::recurrent_forward", vmap_forward, lib=op.lib)
+torch.library.register_vmap("gradkernels::recurrent_backward", vmap_backward, lib=op.lib)
