@@ -1,0 +1,136 @@
+"""Time calls side by side: providers interleaved, medians and spread, rounds that the machine disturbed left out."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+WAIT = 0.02  # share of a round's wall time that threads may spend runnable without a core
+BLOCK = 0.02  # seconds that the timed calls of one provider in one round fill, where calls are short
+TICK = 2.5e-4  # shortest thing timed, in seconds: shorter calls are timed several together
+PATIENCE = 8  # a busy machine may make a case take this many times its budget
+
+
+class Disturbed(RuntimeError):
+    """Other work on the machine left no round to count."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one provider's samples, in the unit of the row."""
+
+    median: float
+    min: float
+    q1: float
+    q3: float
+    samples: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Spread:
+        """Quartiles by linear interpolation; one sample is its own quartiles. ValueError without samples."""
+        if not samples:
+            raise ValueError("no samples")
+        if len(samples) == 1:
+            return Spread(samples[0], samples[0], samples[0], samples[0], 1)
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return Spread(median, min(samples), q1, q3, len(samples))
+
+
+def waited() -> int | None:
+    """Nanoseconds that the threads of this process have spent runnable without a core; None where the system doesn't tell."""
+    try:
+        threads = os.listdir("/proc/self/task")
+    except FileNotFoundError:
+        return None
+    total = 0
+    for thread in threads:
+        try:
+            with open(f"/proc/self/task/{thread}/schedstat") as f:
+                total += int(f.read().split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended since
+            continue
+    return total
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one provider's calls are timed in a round: one call untimed, then `samples` times `calls` calls."""
+
+    calls: int
+    samples: int
+
+    @staticmethod
+    def of(seconds: float) -> Plan:
+        calls = max(1, round(TICK / seconds))
+        fit = int(BLOCK / (seconds * calls))
+        return Plan(calls, 1 if seconds > 0.1 else max(3, min(20, fit)))
+
+
+def warm(call: Callable[[], object], seconds: float) -> float:
+    """Calls it for about that long, twice at least; returns the seconds that the fastest took."""
+    best, end, n = float("inf"), time.perf_counter() + seconds, 0
+    while n < 2 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        best, n = min(best, time.perf_counter() - begin), n + 1
+    return best
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]],
+    budget: float = 3.0,
+    least: int = 7,
+    share: float = WAIT,
+    clock=time.perf_counter,
+    wait=waited,
+) -> tuple[list[Spread], int, int]:
+    """Milliseconds per call of each, rounds counted, rounds dropped.
+
+    A round runs every provider in turn, beginning with another one each time. The first call is not timed: it pays for what the
+    provider before did to caches and allocator. A round in which threads waited for a core more than `share` of its time is dropped.
+    Rounds go on for `budget` seconds, at least `least` of them; on a busy machine for up to eight times that.
+    Disturbed if not one round was left.
+    """
+    plans = [Plan.of(warm(call, min(0.15, budget / 10))) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    counted = dropped = 0
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # nothing of ours makes cycles; a collection in the middle would be charged to whoever is running
+    try:
+        start = clock()
+        while True:
+            now = clock() - start
+            if (now >= budget and counted >= least) or (now >= PATIENCE * budget and counted + dropped >= least):
+                break
+            before, begin, row = wait(), clock(), [[] for _ in calls]
+            for k in range(len(calls)):
+                k = (k + counted + dropped) % len(calls)
+                call, plan = calls[k], plans[k]
+                call()
+                for _ in range(plan.samples):
+                    a = clock()
+                    for _ in range(plan.calls):
+                        call()
+                    row[k].append((clock() - a) * 1e3 / plan.calls)
+            after = wait()
+            if before is not None and after is not None and after - before > share * 1e9 * (clock() - begin):
+                dropped += 1
+                continue
+            counted += 1
+            for kept, new in zip(samples, row):
+                kept.extend(new)
+    finally:
+        if collecting:
+            gc.enable()
+    if not counted:
+        raise Disturbed(f"the machine is busy: in each of {dropped} rounds threads waited for a core")
+    return [Spread.of(s) for s in samples], counted, dropped

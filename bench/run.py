@@ -1,0 +1,174 @@
+"""Measure: every row of a suite, ours beside torch in one process, with the machine's limits taken in the same run.
+
+python bench/run.py recurrent                    all rows (python -m gradkernels bench recurrent does the same)
+python bench/run.py recurrent --quick            small shapes, short budgets: does everything work, roughly how fast
+python bench/run.py recurrent --filter 'gru .*training' --json out.json
+python bench/run.py recurrent --save             and write bench/results/<device>/recurrent.{json,md,png}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from bench import apart, cases, machine, table
+from bench.agreement import Disagreement, agree
+from bench.measure import WAIT, interleaved
+from bench.providers import build
+from bench.report import SCHEMA, blank, fill, judge, summarize
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    what, _, usage = (__doc__ or "").partition("\n\n")
+    p = argparse.ArgumentParser(description=what, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("suite", nargs="?", choices=sorted(cases.SUITES), default="recurrent")
+    p.add_argument("--quick", action="store_true", help="small shapes and short budgets")
+    p.add_argument("--filter", action="append", default=[], metavar="REGEX", help="rows whose name or heading matches")
+    p.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    p.add_argument("--budget", type=float, metavar="SECONDS", help="time for a row (3; quick: 0.4)")
+    p.add_argument("--repeat", type=int, metavar="N", help="rounds for a row at least (7; quick: 3)")
+    p.add_argument(
+        "--wait", type=float, default=WAIT, metavar="SHARE", help="of a round, spent waiting for a core (0.02)"
+    )
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    p.add_argument("--backend", help="ours by this backend (the best one that can run)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured; kept up to date row by row")
+    p.add_argument("--save", action="store_true", help="write JSON, table and plot into bench/results/<device>/")
+    o = p.parse_args(argv)
+    o.budget = o.budget or (0.4 if o.quick else 3.0)
+    o.repeat = o.repeat or (3 if o.quick else 7)
+    return o
+
+
+def chosen(o: argparse.Namespace) -> list[cases.Case]:
+    """The rows that the options ask for."""
+    found = cases.SUITES[o.suite]()
+    if o.quick:
+        found = cases.quick(found)
+    if o.filter:
+        found = [c for c in found if any(re.search(f, c.name) or re.search(f, c.group) for f in o.filter)]
+    return [replace(c, backend=o.backend) for c in found]
+
+
+def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict[str, object]]) -> dict[str, Any]:
+    """One row: agreement first, then the time, the memory, or the two processes. What goes wrong is in the row's `error`."""
+    import gradkernels
+
+    row = blank(case)
+    try:
+        row["agreement"] = agree(case, seen)
+        if case.kind == "memory":
+            fill(row, apart.memory(case, o.threads))
+        elif case.kind == "processes":
+            fill(row, apart.processes(case, o.threads, o.budget, 1 if o.quick else 2))
+        else:
+            providers = {key: build(case, key) for key in case.providers}
+            spreads, row["rounds"], row["dropped"] = interleaved(
+                [p.run for p in providers.values()], o.budget, o.repeat
+            )
+            fill(row, dict(zip(providers, spreads)))
+            row["algorithm"] = providers[row["peer"]].algorithm()
+            providers[row["subject"]].run()
+            row["backend"] = gradkernels.backends.last()
+    except Disagreement as e:
+        row["error"] = f"the numbers disagree, so there is no time: {e}"
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as e:  # one row that cannot run does not take the others along
+        row["error"] = f"{type(e).__name__}: {e}"
+    return row
+
+
+def rows(todo: list[cases.Case], o: argparse.Namespace, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measures and judges one after the other; the report holds what there is so far."""
+    seen: dict[cases.Case, dict[str, object]] = {}
+    for case in todo:
+        row = measure(case, o, seen)
+        judge(row, case, report["limits"], report["machine"]["has"])
+        report["rows"].append(row)
+        report["summary"] = summarize(report["rows"])
+        if o.json:
+            write(report, o.json)
+        yield row
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: an interrupted run leaves the rows before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0, or 1 if a row could not be measured or its numbers disagree; missed targets are no error."""
+    o = arguments(argv)
+    todo = chosen(o)
+    if o.list:
+        print("\n".join(c.name for c in todo))
+        return 0
+    if not todo:
+        print("no row matches; --list shows their names", file=sys.stderr)
+        return 1
+    warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+    torch.set_num_threads(o.threads)
+    view = table.view(sys.stdout)
+    view.note("measuring the machine's limits")
+    begin, brief = time.perf_counter(), 1.5 if o.quick else 6.0
+    first = machine.limits(brief)
+    options = {k: v for k, v in vars(o).items() if k not in ("json", "save", "list")}
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "suite": o.suite,
+        "options": options,
+        "machine": machine.describe(),
+        "limits": first,
+        "rows": [],
+        "summary": [],
+    }
+    view.begin(report, todo)
+    try:
+        for row in rows(todo, o, report):
+            view.row(row)
+    except KeyboardInterrupt:
+        view.note("interrupted; this is what there is")
+    # once more: a machine that was slow or fast for a moment would make every share wrong
+    last = machine.limits(brief)
+    report["limits"] = machine.better(first, last)
+    report["limits_measured"] = {"before": first, "after": last}
+    by_name = {c.name: c for c in todo}
+    for row in report["rows"]:
+        judge(row, by_name[row["name"]], report["limits"], report["machine"]["has"])
+    report["summary"] = summarize(report["rows"])
+    report["seconds"] = time.perf_counter() - begin
+    view.end(report)
+    if o.json:
+        write(report, o.json)
+    if o.save:
+        from bench import plot
+
+        folder = Path(__file__).parent / "results" / machine.slug(report["machine"])
+        write(report, folder / f"{o.suite}.json")
+        for path in plot.render(folder / f"{o.suite}.json"):
+            view.note(f"wrote {os.path.relpath(path)}")
+    return 1 if any(row["error"] for row in report["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Reports for people: a live table on a terminal (with rich), aligned plain lines when piped, Markdown for the repository."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, TextIO
+
+from bench.cases import Case
+from bench.providers import LABELS
+from bench.report import short
+
+HEADINGS = ["ours", "q1 - q3", "peer", "ratio", "asked", "GFLOP/s", "of limit", "rounds", "met"]
+WIDTHS = [9, 17, 9, 7, 11, 8, 8, 8, 4]
+GROUPS = {
+    "shapes": "Plain layers, fp32: one layer, input = hidden, against torch.nn",
+    "bf16": "bf16, against torch.nn in bf16; then against our own fp32",
+    "packed and ragged": "2,289 of 4,096 tokens: PackedSequence, and padded input with lengths; then against our own padded batch",
+    "stacked": "Projection, more layers, both directions, against torch.nn",
+    "cells torch has not": "Cells that torch lacks, against the Python loop that users write",
+    "one step": "One step of one row, a module call without gradients, against nn.LSTM; then against nn.LSTMCell",
+    "gradient taps": "Training with gradient taps on, against ours with them off",
+    "peak memory": "Peak memory of training above layer and input, fresh processes, against torch.nn",
+    "two processes": "Two processes training at once on the same cores, the slower of the two, against two of torch",
+}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, never in exponent form."""
+    if value is None:
+        return ""
+    for limit, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if abs(value) < limit:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def extras(row: dict[str, Any]) -> str:
+    """What else a row was held against: '1.92x gradkernels, fp32'."""
+    others = [r for r in row["ratios"] if r["against"] not in (row["peer"], "limit")]
+    return ", ".join(
+        f"{r['value']:.2f}x {LABELS[r['against']]}" + (f" ({r['at_least']:.2f}x asked)" if r["at_least"] else "")
+        for r in others
+    )
+
+
+def asked(row: dict[str, Any]) -> str:
+    """'1.05x 95%'"""
+    found = {r["against"]: r["at_least"] for r in row["ratios"]}
+    share = f"{found['limit']:.0%}" if found.get("limit") else ""
+    return " ".join(filter(None, [times(found.get(row["peer"])), share]))
+
+
+def verdict(row: dict[str, Any]) -> str:
+    return {None: "", True: "yes", False: "no"}[row["met"]]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The columns under HEADINGS."""
+    ours, peer = row["results"][row["subject"]], row["results"][row["peer"]]
+    single = ours["samples"] == 1
+    rounds = "" if row["rounds"] is None else f"{row['rounds']}" + (f" -{row['dropped']}" if row["dropped"] else "")
+    return [
+        number(ours["median"]),
+        "" if single else f"{number(ours['q1'])} - {number(ours['q3'])}",
+        number(peer["median"]),
+        times(row["ratio"]),
+        asked(row),
+        number(row["gflops"]),
+        "" if row["share"] is None else f"{row['share']:.0%}",
+        rounds,
+        verdict(row),
+    ]
+
+
+def head(report: dict[str, Any]) -> list[str]:
+    """The machine, the versions, and the limits."""
+    m, limits = report["machine"], report["limits"]
+    v = m["versions"]
+    commit = (m["commit"] or "no commit")[:10] + (" and changes not committed" if m["dirty"] else "")
+    rest = "; ".join(f"{name} {number(r)}" for name, r in sorted(limits["float32"]["all"].items()) if r)
+    family = f" ({m['cpu_family']})" if m["cpu_family"] else ""
+    machine = f"{m['cpu']}{family}, {m['cores']} cores, {m['threads']} threads, {m['capability']}; {m['system']}"
+    libraries = f"torch {v['torch']}, MKL {v['mkl']}, oneDNN {v['onednn']}, Python {v['python']}"
+    fp32 = f"fp32 products {number(limits['float32']['gflops'])} GFLOP/s ({rest})"
+    bf16 = f"bf16 {number(limits['bfloat16']['gflops'])} GFLOP/s ({limits['bfloat16']['by']})"
+    return [
+        machine,
+        f"gradkernels {v['gradkernels']} at {commit}; {libraries}; {m['date']}",
+        f"limits of this run: {fp32}, {bf16}, copy {number(limits['copy']['gbs'])} GB/s",
+    ]
+
+
+def foot(report: dict[str, Any]) -> list[str]:
+    """Geometric means, how many targets are met, which rows are short, and how to read it all."""
+    found = [
+        f"{s['cell'].upper()} fp32, geometric mean of {s['rows']} rows: {s['ratio']:.2f}x, {s['at_least']:.1f}x asked: "
+        f"{'met' if s['met'] else 'short'}"
+        for s in report["summary"]
+    ]
+    judged = [r for r in report["rows"] if r.get("met") is not None]
+    if judged:
+        found.append(f"{sum(r['met'] for r in judged)} of {len(judged)} rows meet everything asked of them")
+    return found
+
+
+READING = """\
+Median of calls taken side by side in one process, first to third quartile beside it; milliseconds, or MiB for peak memory.
+GFLOP/s count the matrix products alone; the limit is the fastest product torch makes on this machine in this run, by MKL or oneDNN,
+whichever is faster. Rounds in which threads waited for a core more than 2 % of the time are left out and counted after the minus.
+Between training calls the weights count as changed, as an optimizer changes them."""
+
+
+class Plain:
+    """Aligned lines, each when its row is done."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out, self.group, self.width, self.done, self.total = out, "", 0, 0, 0
+
+    def note(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def begin(self, report: dict[str, Any], todo: Sequence[Case]) -> None:
+        self.width, self.total = max(len(c.name) for c in todo), len(todo)
+        for line in head(report):
+            self.note(line)
+
+    def line(self, name: str, columns: Sequence[str]) -> str:
+        return f"{name:<{self.width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(columns, WIDTHS))
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.done += 1
+        if row["group"] != self.group:
+            self.group = row["group"]
+            self.note(f"\n{GROUPS.get(self.group, self.group)}")
+            self.note(self.line(f"{row['unit']}  (row {self.done} of {self.total})", HEADINGS))
+        if row["error"]:
+            self.note(f"{row['name']:<{self.width}}  {row['error']}")
+        else:
+            more = extras(row)
+            self.note(self.line(row["name"], cells(row)) + (f"  {more}" if more else ""))
+
+    def end(self, report: dict[str, Any]) -> None:
+        self.note("")
+        for line in foot(report):
+            self.note(line)
+        self.note(f"{report['seconds']:.0f} s")
+
+
+class Live:
+    """A progress bar while it runs, rows as they come, tables with colours at the end."""
+
+    def __init__(self, out: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(file=out, highlight=False)
+        parts = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*parts, console=self.console, transient=True)
+        self.todo: list[Case] = []
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim")
+
+    def begin(self, report: dict[str, Any], todo: Sequence[Case]) -> None:
+        for line in head(report):
+            self.note(line)
+        self.todo = list(todo)
+        self.task = self.progress.add_task(todo[0].name, total=len(todo))
+        self.progress.start()
+
+    def row(self, row: dict[str, Any]) -> None:
+        done = next(k for k, c in enumerate(self.todo) if c.name == row["name"]) + 1
+        following = self.todo[done].name if done < len(self.todo) else "limits once more"
+        said = row["error"] or f"{times(row['ratio'])} {row['results'][row['peer']]['label']}"
+        self.progress.console.print(f"{row['name']}: {said}", style="red" if row["error"] else "dim")
+        self.progress.update(self.task, completed=done, description=following)
+
+    def end(self, report: dict[str, Any]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        self.progress.stop()
+        for group, members in groupby(report["rows"], key=lambda r: r["group"]):
+            rows = list(members)
+            more = any(extras(r) for r in rows if not r["error"])
+            table = Table(title=GROUPS.get(group, group), title_justify="left", title_style="bold", box=None)
+            table.add_column(rows[0]["unit"])
+            for heading in HEADINGS:
+                table.add_column(heading, justify="right", no_wrap=True)
+            if more:
+                table.add_column("also")
+            for row in rows:
+                if row["error"]:
+                    table.add_row(Text(row["name"], style="red"), Text(row["error"], style="red"))
+                    continue
+                columns: list[Any] = cells(row)
+                style = {True: "green", False: "red"}.get(row["met"], "")
+                columns[3], columns[-1] = Text(columns[3], style=f"bold {style}"), Text(columns[-1], style=style)
+                table.add_row(row["name"], *columns, *([extras(row)] if more else []))
+            self.console.print(table)
+            self.console.print()
+        for line in foot(report):
+            self.console.print(line)
+        self.note(f"{report['seconds']:.0f} s")
+
+
+def view(out: TextIO) -> Plain | Live:
+    """Live on a terminal where rich is installed, else plain lines."""
+    return Live(out) if out.isatty() and importlib.util.find_spec("rich") else Plain(out)
+
+
+def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, plot: str | None = None) -> str:
+    """The whole report as a page. reasons: why a row is short, by its name; a short row without one is said to have none."""
+    out = [f"# {report['suite'].capitalize()} layers on {report['machine']['cpu']}", ""]
+    if plot:
+        out += [f"![ratios of every row]({plot})", ""]
+    out += [*(f"* {line}" for line in [*head(report), *foot(report)]), "", READING, ""]
+    for group, members in groupby(report["rows"], key=lambda r: r["group"]):
+        rows = list(members)
+        more = any(extras(r) for r in rows if not r["error"])
+        titles = [rows[0]["unit"], *HEADINGS, *(["also"] if more else [])]
+        out += [
+            f"## {GROUPS.get(group, group)}",
+            "",
+            f"| {' | '.join(titles)} |",
+            f"|---|{'--:|' * len(HEADINGS)}{'---|' * more}",
+        ]
+        for row in rows:
+            if row["error"]:
+                columns = [row["error"].replace("|", "/").replace("\n", " ")] + [""] * (len(titles) - 2)
+            else:
+                columns = cells(row)
+                columns[3] = f"**{columns[3]}**"
+                columns += [extras(row)] if more else []
+            out.append(f"| {row['name']} | {' | '.join(columns)} |")
+        out.append("")
+        peers = sorted({f"{r['results'][r['peer']]['label']}: {r['algorithm']}" for r in rows if r.get("algorithm")})
+        if peers and not any(r["peer"].startswith("ours") for r in rows):
+            out += [f"The peer's algorithm: {'; '.join(peers)}.", ""]
+    missed = [r for r in report["rows"] if r.get("met") is False]
+    if missed:
+        out += ["## Rows that are short, and why", ""]
+        for row in missed:
+            why = (reasons or {}).get(row["name"], "no reason given yet")
+            out.append(f"* **{row['name']}**: {'; '.join(short(row))}. {why[0].upper()}{why[1:]}.")
+        out.append("")
+    return "\n".join(out)
