@@ -22,9 +22,11 @@ _NAMES = {  # what people call them
     ast.BoolOp: "'and' or 'or'",
     ast.Return: "an empty return",
     ast.Assert: "an assertion",
+    ast.Constant: "text, a truth value or None",
     ast.FunctionDef: "a function inside a function",
     ast.Lambda: "a function inside a function",
 }
+_TARGETS = "only names and tuples of names can be assigned"
 
 
 class Group:
@@ -98,6 +100,8 @@ class Reader:
                 case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
                     before = ast.copy_location(ast.Name(name, ast.Load()), target)
                     self.assign(target, self.binary(statement, op, self.scalar(before), self.scalar(value)))
+                case ast.AugAssign(target=target):
+                    self.error(target, _TARGETS)
                 case ast.Return(value=value) if value:
                     self.returned = value
                     return self.value(value)
@@ -119,7 +123,7 @@ class Reader:
                 for e, v in zip(elts, value):
                     self.assign(e, v)
             case _:
-                self.error(target, "only names and tuples of names can be assigned")
+                self.error(target, _TARGETS)
 
     # -- expressions
 
@@ -137,6 +141,8 @@ class Reader:
                 return self.constant(node, number)
             case ast.Name(id=name):
                 return self.env[name] if name in self.env else self.foreign(node, self.resolve(node, name))
+            case ast.Attribute() if _root(node) in self.env:
+                self.error(node, "a value has no attributes: it is a number to a cell, of one unit of one row")
             case ast.Attribute():
                 return self.foreign(node, self.attribute(node))
             case ast.Tuple(elts=elts) | ast.List(elts=elts):
@@ -295,9 +301,8 @@ class Reader:
             return meaning(self.outer[name])
         if name in VOCABULARY:
             return name
-        near = difflib.get_close_matches(
-            name, [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))], 1
-        )
+        names = [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))]
+        near = difflib.get_close_matches(name, names, 1, 0.75)
         hint = f"did you mean {near[0]}? F" if near else "f"
         self.error(node, f"unknown name '{name}'; {hint}unctions of a cell are {', '.join(VOCABULARY)}")
 
