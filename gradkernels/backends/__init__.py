@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAMES = ("reference", "cpu")
 _PREFERRED = {"cpu": "cpu"}  # device type -> the backend to try first; `reference` runs wherever torch does
-_chosen: dict[tuple[object, ...], ModuleType] = {}
+_chosen: dict[tuple[object, ...], tuple[ModuleType, Cell]] = {}
 _thread = threading.local()
 
 
@@ -43,14 +43,16 @@ def choose(backend: str | None, cell: Cell, dtype: torch.dtype, device: torch.de
     """The module that runs this call: the one named, or the best that can.
 
     ValueError for an unknown name; RuntimeError, with the reason, when the backend that was named cannot run this call."""
-    key = (backend, cell, dtype, device.type)
-    found = _chosen.get(key)
-    if found is None:
-        name = backend or _PREFERRED.get(device.type, "reference")
-        reason = _why_not(name, cell, dtype, device)
-        if reason is not None and backend is not None:
-            raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device.type}: {reason}")
-        found = _chosen[key] = load(name if reason is None else "reference")
+    key = (backend, id(cell), dtype, device.type)
+    known = _chosen.get(key)
+    if known is not None:
+        return known[0]
+    name = backend or _PREFERRED.get(device.type, "reference")
+    reason = _why_not(name, cell, dtype, device)
+    if reason is not None and backend is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device.type}: {reason}")
+    found = load(name if reason is None else "reference")
+    _chosen[key] = found, cell  # the cell is kept, so that its id stays its own
     return found
 
 

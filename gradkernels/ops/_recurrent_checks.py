@@ -124,13 +124,12 @@ def check_forward(
                 )
             if B is None:  # packed: the first state says how many rows there are
                 B = v.shape[0]
-    for name, v in zip(WEIGHTS, (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)):
+    for v in (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ())):
         if v is not None and (v.dtype is not dtype or v.device != device):
-            _mixed(name, v, x)
-    if state is not None:
-        for k, v in enumerate(state):
-            if v.dtype is not dtype or v.device != device:
-                _mixed(f"state[{k}]", v, x)
+            names = zip(
+                (*WEIGHTS, "state[0]", "state[1]"), (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ()))
+            )
+            _mixed(next((name for name, u in names if u is v), "state"), v, x)
 
 
 def _mixed(name: str, v: Tensor, x: Tensor) -> NoReturn:

@@ -58,158 +58,79 @@ def _whole(v: Tensor | None) -> Tensor | None:
 
 
 def _check_values(x, state, batch_sizes, lengths):
+    """What tensors hold is checked here, next to the kernel, on whatever way the call came."""
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], state[0].shape[0])
-    elif lengths is not None:
+    else:
         check_lengths(lengths, x.shape[0])
+    return _whole(batch_sizes), _whole(lengths)
 
 
-def forward_kernel(
-    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
-):
+def forward_kernel(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
     """Runs a backend; shapes have been checked."""
-    c = cell_of(cell)
-    module = backends.choose(backend, c, x.dtype, x.device)
+    module = backends.choose(backend, cell, x.dtype, x.device)
     if batch_sizes is not None or lengths is not None:
-        _check_values(x, state, batch_sizes, lengths)
-        batch_sizes, lengths = _whole(batch_sizes), _whole(lengths)
+        batch_sizes, lengths = _check_values(x, state, batch_sizes, lengths)
+    weights = _whole(w_ih), _whole(b_ih), w_hh.contiguous(), _whole(b_hh), _whole(w_hr)
     state = [v.contiguous() for v in state]
-    weights = _whole(weight_ih), _whole(bias_ih), weight_hh.contiguous(), _whole(bias_hh), _whole(weight_hr)
     backends.ran(module)
-    return module.forward(c, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
+    return module.forward(cell, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
 
 
 def backward_kernel(
-    cell,
-    grads,
-    x,
-    weight_ih,
-    weight_hh,
-    weight_hr,
-    saved,
-    state,
-    batch_sizes,
-    lengths,
-    reverse,
-    need,
-    gates,
-    norms,
-    backend,
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
 ):
     """Runs a backend; shapes have been checked."""
-    c = cell_of(cell)
-    module = backends.choose(backend, c, x.dtype, x.device)
+    module = backends.choose(backend, cell, x.dtype, x.device)
     if batch_sizes is not None or lengths is not None:
-        _check_values(x, state, batch_sizes, lengths)
-        batch_sizes, lengths = _whole(batch_sizes), _whole(lengths)
+        batch_sizes, lengths = _check_values(x, state, batch_sizes, lengths)
+    tensors = x.contiguous(), _whole(w_ih), w_hh.contiguous(), _whole(w_hr)
     grads, saved, state = [_whole(g) for g in grads], [v.contiguous() for v in saved], [v.contiguous() for v in state]
-    weights = _whole(weight_ih), weight_hh.contiguous(), _whole(weight_hr)
     backends.ran(module)
-    return module.backward(
-        c, grads, x.contiguous(), *weights, saved, state, batch_sizes, lengths, reverse, need, gates, norms
-    )
+    return module.backward(cell, grads, *tensors, saved, state, batch_sizes, lengths, reverse, need, gates, norms)
 
 
-def _forward_op(
-    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
-):
+def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
     """[y, (other state sequences,) *final states, (raw,) (acts)]
 
     keep=0: y and the final states; 1: the sequences of all states; 2: also what backward needs: raw [N, H], the output before
     projection, if there is one, and acts [N, A, H]."""
-    check_forward(cell_of(cell), x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths)
+    c = cell_of(cell)
+    check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths)
     if keep not in (0, 1, 2):
         raise ValueError(f"keep must be 0, 1 or 2, got {keep}")
-    return forward_kernel(
-        cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
-    )
+    return forward_kernel(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend)
 
 
 def _backward_op(
-    cell,
-    grads,
-    x,
-    weight_ih,
-    weight_hh,
-    weight_hr,
-    saved,
-    state,
-    batch_sizes,
-    lengths,
-    reverse,
-    need,
-    gates,
-    norms,
-    backend,
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
 ):
-    """gates=False: [each needed gradient of x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *dstate, (norms)]
+    """gates=False: [each needed gradient of x, w_ih, b_ih, w_hh, b_hh, w_hr, *dstate, (norms)]
     gates=True: [dgates [.., G*H], (dr [.., G*H] if a gate is split), (v [.., H] if a product is taken of v),
-    (dproj [.., R] if weight_hr), *dstate, (norms)], of which weight gradients are products."""
-    check_backward(cell_of(cell), grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, need)
-    return backward_kernel(
-        cell,
-        grads,
-        x,
-        weight_ih,
-        weight_hh,
-        weight_hr,
-        saved,
-        state,
-        batch_sizes,
-        lengths,
-        reverse,
-        need,
-        gates,
-        norms,
-        backend,
-    )
+    (dproj [.., R] if w_hr), *dstate, (norms)], of which weight gradients are products."""
+    c = cell_of(cell)
+    check_backward(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, need)
+    how = reverse, need, gates, norms, backend
+    return backward_kernel(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)
 
 
-def _forward_fake(
-    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
-):
+def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
     c, lead = cell_of(cell), x.shape[:-1]
-    H, N = weight_hh.shape[0] // c.G, math.prod(lead)  # Size.numel() would fix dynamic sizes
+    H, N = w_hh.shape[0] // c.G, math.prod(lead)  # Size.numel() would fix dynamic sizes
     seq = [x.new_empty(*lead, v.shape[-1]) for v in state]
-    kept = ([] if weight_hr is None else [x.new_empty(N, H)]) + [x.new_empty(N, c.A, H)]
+    kept = ([] if w_hr is None else [x.new_empty(N, H)]) + [x.new_empty(N, c.A, H)]
     return [*seq[: None if keep else 1], *(v.new_empty(v.shape) for v in state), *(kept if keep == 2 else [])]
 
 
 def _backward_fake(
-    cell,
-    grads,
-    x,
-    weight_ih,
-    weight_hh,
-    weight_hr,
-    saved,
-    state,
-    batch_sizes,
-    lengths,
-    reverse,
-    need,
-    gates,
-    norms,
-    backend,
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
 ):
-    c, lead, wide = cell_of(cell), x.shape[:-1], weight_hh.shape[0]
+    c, lead, wide = cell_of(cell), x.shape[:-1], w_hh.shape[0]
     if gates:
-        widths = [
-            wide,
-            *([wide] if c.split else []),
-            *([wide // c.G] if c.second else []),
-            *([] if weight_hr is None else [weight_hr.shape[0]]),
-        ]
-        out = [x.new_empty(*lead, n) for n in widths]
+        widths = [wide, *([wide] if c.split else []), *([wide // c.G] if c.second else [])]
+        out = [x.new_empty(*lead, n) for n in (*widths, *([] if w_hr is None else [w_hr.shape[0]]))]
     else:
-        shapes = (
-            x.shape,
-            None if weight_ih is None else weight_ih.shape,
-            (wide,),
-            weight_hh.shape,
-            (wide,),
-            None if weight_hr is None else weight_hr.shape,
-        )
+        shapes = x.shape, w_ih is not None and w_ih.shape, (wide,), w_hh.shape, (wide,), w_hr is not None and w_hr.shape
         out = [x.new_empty(shape) for shape, wanted in zip(shapes, need) if wanted]
     T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     out += [v.new_empty(v.shape) for v in state]
@@ -257,78 +178,31 @@ def plain(tensors) -> bool:
     return True
 
 
-def forward(
-    cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep, backend
-):
+def direct(tensors) -> bool:
+    """The kernel may be called in place of the operator: no one would notice."""
+    return not torch.compiler.is_compiling() and quiet() and plain(tensors)
+
+
+def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
     """The operator, for a caller who has checked the shapes and wants no derivative."""
-    args = (
-        cell,
-        x,
-        weight_ih,
-        bias_ih,
-        weight_hh,
-        bias_hh,
-        weight_hr,
-        state,
-        batch_sizes,
-        lengths,
-        reverse,
-        keep,
-        backend,
-    )
-    if torch.compiler.is_compiling():
-        return forward_op(*args)
-    if quiet() and plain((x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, batch_sizes, lengths, *state)):
+    if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state)):
         with torch._C._AutoDispatchBelowAutograd():
-            return forward_kernel(*args)
-    if torch._C._is_tracing():
-        return forward_op(*args)
+            return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
     with torch._C._AutoDispatchBelowAutograd():  # past the operator's own derivative, which costs more than the call
-        return forward_op(*args)
+        return forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
 
 
-def backward(
-    cell,
-    grads,
-    x,
-    weight_ih,
-    weight_hh,
-    weight_hr,
-    saved,
-    state,
-    batch_sizes,
-    lengths,
-    reverse,
-    need,
-    gates,
-    norms,
-    backend,
-):
+def backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, *how):
     """The operator, for a caller who wants no derivative of it."""
-    args = (
-        cell,
-        grads,
-        x,
-        weight_ih,
-        weight_hh,
-        weight_hr,
-        saved,
-        state,
-        batch_sizes,
-        lengths,
-        reverse,
-        need,
-        gates,
-        norms,
-        backend,
-    )
-    if torch.compiler.is_compiling():
-        return backward_op(*args)
-    if quiet() and plain((x, weight_ih, weight_hh, weight_hr, batch_sizes, lengths, *grads, *saved, *state)):
-        check_backward(
-            cell_of(cell), grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, need
-        )
+    inputs = x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths
+    if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state)):
+        c = cell_of(cell)
+        check_backward(c, grads, *inputs, need)
         with torch._C._AutoDispatchBelowAutograd():
-            return backward_kernel(*args)
+            return backward_kernel(c, grads, *inputs, reverse, need, *how)
+    if torch.compiler.is_compiling():
+        return backward_op(cell, grads, *inputs, reverse, need, *how)
     with torch._C._AutoDispatchBelowAutograd():
-        return backward_op(*args)
+        return backward_op(cell, grads, *inputs, reverse, need, *how)

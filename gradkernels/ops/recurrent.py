@@ -87,54 +87,61 @@ def recurrent(
         torch.Size([20, 5])
     """
     c = cells.CELLS.get(cell) if type(cell) is str else cell
-    if c is None:
+    if not isinstance(c, cells.Cell):
         c = cells.get(cell)  # its error names the registry
-    name = cell if type(cell) is str else op.name_of(cells.get(cell))
-    tensors = [x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr]
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(
-        x.device.type
-    ):  # asked in this order: "meta" has no autocast
-        tensors, state = _autocast(tensors, state)
-        x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = tensors
     if params is not None or c.P:
-        raise ValueError(f"cell {name} takes {c.P} parameters per unit; params are not supported here yet")
+        raise ValueError(f"cell {c.name} takes {c.P} parameters per unit; params are not supported here yet")
+    tensors = x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr
+    # asked in this order: "meta" has no autocast
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        tensors, state = _autocast(tensors, state)
     try:
-        check_forward(c, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths)
+        check_forward(c, *tensors, state, batch_sizes, lengths)
     except AttributeError:
-        _not_tensors(dict(x=x, **dict(zip(WEIGHTS, tensors[1:]))), state, batch_sizes, lengths)
+        _check_types((*tensors, *(state or ()), batch_sizes, lengths))
         raise
     if state is None:
         state = _zeros(c, x, weight_hh, batch_sizes)
     if probe is not None:
-        if probe.dim() != 2 or probe.shape[1] != c.S + 1 or probe.dtype != torch.float64:
-            raise ValueError(
-                f"probe must be float64 [steps, {c.S + 1}] for {name}, got {probe.dtype} {list(probe.shape)}"
-            )
-        if torch._C._are_functorch_transforms_active():
-            probe = None  # nobody can ask for its gradient there
-    S = c.S
-    if _wants_function((*tensors, *state, probe)):
+        probe = _check_probe(probe, c)
+    S, keep = c.S, 1 if every_state else 0
+    if op.direct((*tensors, batch_sizes, lengths, *state)):
+        if not _requires_grad((*tensors, *state, probe)):
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend)
+            return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
+        function = True
+    else:
+        function = _wants_function((*tensors, *state, probe))
+    name = cell if type(cell) is str else op.name_of(c)
+    if function:
         out = apply(Recurrent)(name, reverse, backend, batch_sizes, lengths, *tensors, probe, *state)
         return tuple(out[:S]) if every_state else out[0], tuple(out[S : 2 * S])
-    out = op.forward(name, *tensors, state, batch_sizes, lengths, reverse, 1 if every_state else 0, backend)
-    if every_state:
-        return tuple(out[:S]), tuple(out[S:])
-    return out[0], tuple(out[1:])
+    out = op.forward(name, *tensors, list(state), batch_sizes, lengths, reverse, keep, backend)
+    return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
+
+
+def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Autograd records this call, or forward mode is on."""
+    if torch.is_grad_enabled():
+        for v in tensors:
+            if v is not None and v.requires_grad:
+                return True
+    return forward_ad._current_level >= 0
 
 
 def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
     """The operator alone is enough unless some kind of differentiation or batching is listening."""
-    if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():  # Dynamo would trace the forward and lose the backward
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():  # Dynamo would trace the forward and lose the backward
             torch._dynamo.graph_break(
                 msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
             )
+            return True
+        return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    if torch._C._are_functorch_transforms_active():
         return True
-    if torch.is_grad_enabled():
-        for v in tensors:
-            if v is not None and v.requires_grad:  # torch.jit.trace must record the operator, not a Python function
-                return torch.compiler.is_compiling() or not torch._C._is_tracing()
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return _requires_grad(tensors) and not torch._C._is_tracing()  # torch.jit.trace must record the operator
 
 
 def _autocast(tensors, state):
@@ -148,7 +155,7 @@ def _autocast(tensors, state):
         )
         return v.to(low) if eligible else v
 
-    return [cast(v) for v in tensors], None if state is None else [cast(v) for v in state]
+    return tuple(cast(v) for v in tensors), None if state is None else [cast(v) for v in state]
 
 
 def _zeros(cell, x, weight_hh, batch_sizes):
@@ -163,13 +170,18 @@ def _zeros(cell, x, weight_hh, batch_sizes):
     return [x.new_zeros(B, n) for n in widths]
 
 
-def _not_tensors(named, state, batch_sizes, lengths):
-    """TypeError for the first argument that is not what it should be."""
-    for k, v in enumerate(state or ()):
-        named[f"state[{k}]"] = v
-    for k, v in {**named, "batch_sizes": batch_sizes, "lengths": lengths}.items():
-        if v is not None and not isinstance(v, Tensor):
-            raise TypeError(f"{k} must be a tensor, got {type(v).__name__}")
-    for k in ("x", "weight_hh"):
-        if named[k] is None:
-            raise TypeError(f"{k} must be a tensor, got None")
+def _check_probe(probe, cell):
+    if probe.dim() != 2 or probe.shape[1] != cell.S + 1 or probe.dtype != torch.float64:
+        raise ValueError(
+            f"probe must be float64 [steps, {cell.S + 1}] for {cell.name}, got {probe.dtype} {list(probe.shape)}"
+        )
+    # under a transform nobody can ask for its gradient
+    return None if torch._C._are_functorch_transforms_active() else probe
+
+
+def _check_types(values):
+    """TypeError for the first argument that is not a tensor."""
+    names = ("x", *WEIGHTS, *(f"state[{k}]" for k in range(len(values) - 8)), "batch_sizes", "lengths")
+    for name, v in zip(names, values):
+        if not isinstance(v, Tensor) and (v is not None or name in ("x", "weight_hh") or name.startswith("state")):
+            raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
