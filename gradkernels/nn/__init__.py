@@ -3,4 +3,4 @@
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from gradkernels.nn.recurrent import GRU, LSTM, RNN, Recurrent, RNNBase
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNBase", "RNNCell", "Recurrent"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNBase", "RNNCell", "Recurrent"]

@@ -167,7 +167,6 @@ class RNNCell(RNNCellBase):
     torch.Size([5])
     """
 
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
     nonlinearity: str
 
     def __init__(

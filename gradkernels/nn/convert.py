@@ -83,4 +83,6 @@ def _class_for(cls: type, table: dict[type[nn.Module], type[nn.Module]]) -> type
         return None
     space = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     old, new = next((o, n) for o, n in zip(cls.__bases__, bases) if n is not None)
-    return type(cls.__name__.replace(old.__name__, new.__name__), tuple(n or o for o, n in zip(cls.__bases__, bases)), space)
+    return type(
+        cls.__name__.replace(old.__name__, new.__name__), tuple(n or o for o, n in zip(cls.__bases__, bases)), space
+    )

@@ -41,7 +41,7 @@ class RNNBase(nn.RNNBase):
         if cells.CELLS.get(self.cell) != cell:
             self.unlisted = cell
         if self.proj_size and _uses_state(cell):
-            raise ValueError(f"proj_size needs a cell that uses h in the recurrent product only, which {cell.name} does not")
+            raise ValueError(f"proj_size needs a cell that uses h in its recurrent product only, not {cell.name}")
         if backend is not None:
             self.backend = backend
         if gates not in STAND_INS:
@@ -93,7 +93,7 @@ class RNNBase(nn.RNNBase):
         names, held = self._all_weights[k], self._parameters
         try:
             found = [held[name] for name in names]
-        except KeyError:  # parametrizations, pruning and wrappers keep some as attributes; that way is four times slower
+        except KeyError:  # parametrizations, pruning and wrappers keep some as attributes; slower
             found = [getattr(self, name) for name in names]
         if not self.bias:
             found[2:2] = [None, None]
@@ -204,7 +204,8 @@ class RNNBase(nn.RNNBase):
         """All layers and directions. x [T, B, I] or packed [N, I] -> outputs of the last layer, final states [layers * directions, B, R]."""
         backend, probes = self.backend, self.probes
         directions = 2 if self.bidirectional else 1
-        given = None if states is None else list(zip(*[h.unbind(0) for h in states]))  # not select: one gradient, not one per layer
+        # unbind and not select: the gradient is put together once, and not once per layer
+        given = None if states is None else list(zip(*[h.unbind(0) for h in states]))
         last, k = [], 0
         for layer in range(self.num_layers):
             if layer and self.dropout:
