@@ -182,15 +182,15 @@ class Graph:
                 return self.call("neg", self.call("mul", a, b.args[0]))
             case "pow", [a, b], [_, 0]:
                 return self.const(1)
-            case "pow", [a, b], [_, n] if (
-                n is not None and n == int(n) and 2 <= n <= 8
-            ):  # cheaper than a call, and exact
+            # products are cheaper than a call, and exact
+            case "pow", [a, b], [_, n] if n is not None and n == int(n) and 2 <= n <= 8:
                 half = self.call("pow", a, self.const(n // 2))
                 square = self.make("mul", half, half)
                 return square if n % 2 == 0 else self.make("mul", square, a)
-            case "where", [c, a, b], [_, m, n] if (
-                m is not None and n is not None
-            ):  # torch would choose a dtype of its own
+            case "where", [_, a, b], [c, _, _] if c is not None:
+                return a if c else b
+            # torch would choose a dtype of its own for two numbers
+            case "where", [c, a, b], [_, m, n] if m is not None and n is not None:
                 like = next(u for u in c.args if u.op != "const")
                 return self.make("where", c, self.make("full_like", like, a), b)
         return self.make(op, *args)

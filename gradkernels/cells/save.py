@@ -32,7 +32,8 @@ def choose_saved(outputs: list[Node], wanted: list[Node], recompute: float) -> l
     for n in still:  # the side of "needed": must exist in backward; ("again", n) on that side: computed there
         if n in sources:
             flow.connect("needed", n, math.inf)
-        flow.connect(n, ("again", n), 0 if n in free else _PLANE + n.order)
+        # a condition is no number: it is computed again
+        flow.connect(n, ("again", n), 0 if n in free else math.inf if n.is_condition else _PLANE + n.order)
         flow.connect(("again", n), n, math.inf)
         price = math.inf if n.op == "leaf" else round(recompute * _PLANE) if n.op in COSTLY else _CHEAP
         flow.connect(("again", n), "done", price)

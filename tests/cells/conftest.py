@@ -1,7 +1,9 @@
 # ruff: noqa: F821 - functions of the cell language need no import
 """Cells that users might write. A test with the argument `each` runs on these and on the registry."""
 
+import linecache
 import math
+import random
 
 import pytest
 import torch
@@ -103,3 +105,65 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def zoo():
     return {c.name: c for c in ZOO}
+
+
+UNARY = [
+    "sigmoid",
+    "tanh",
+    "relu",
+    "softplus",
+    "silu",
+    "softsign",
+    "exp",
+    "expm1",
+    "sin",
+    "cos",
+    "erf",
+    "abs",
+    "square",
+]
+POSITIVE = ["log", "log1p", "sqrt", "rsqrt"]
+
+
+def expression(rng, names, depth):
+    """A random expression that stays within a few units, so that rounding does."""
+    e = lambda: expression(rng, names, depth - 1)
+    if depth == 0 or rng.random() < 0.1:
+        return rng.choice([*names, *names, str(round(rng.uniform(-2, 2), 2)), "1", "0", "-1"])
+    kind = rng.randrange(8)
+    if kind < 3:
+        return f"({e()} {rng.choice('+-*')} {e()})"
+    if kind == 3:
+        return f"{rng.choice(UNARY)}(tanh({e()}))"
+    if kind == 4:
+        return f"{rng.choice(POSITIVE)}(1.5 + sin({e()}))"
+    if kind == 5:
+        return f"{e()} / (2 + square({e()}))"
+    if kind == 6:
+        return f"{rng.choice(['min', 'max'])}({e()}, {e()})"
+    return f"where({e()} {rng.choice(['<', '<=', '>', '>='])} {e()}, {e()}, -{e()})"
+
+
+def make_random_cell(seed, operand=False):
+    """A cell of two gates, two states and one parameter, or an operand instead, of a few random lines."""
+    rng = random.Random(seed)
+    names = ["x[0]", "x[1]", "r[0]", "s[0]", "s[1]"]
+    lines = [f"v = s[0] * {expression(rng, names, 2)}"] if operand else []
+    names += ["r[1](v)"] if operand else ["r[1]", "p[0]"]
+    every = " + ".join(names)  # all are read, so that sizes are known
+    for k in range(4):
+        lines.append(f"u{k} = {expression(rng, names, 3)}")
+        names.append(f"u{k}")
+    lines.append(f"return tanh(u3 + {expression(rng, names, 2)}), u2 + sin({every})")
+    name = f"random{seed}" + "_operand" * operand
+    text = f"def {name}(x, r, s{'' if operand else ', p'}):\n" + "".join(f"    {line}\n" for line in lines)
+    file = f"<{name}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    space: dict = {}
+    exec(compile(text, file, "exec"), space)  # noqa: S102 - text of ours
+    return cell(space[name])
+
+
+@pytest.fixture
+def random_cell():
+    return make_random_cell
