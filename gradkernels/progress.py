@@ -17,7 +17,7 @@ class Progress:
     """
 
     def __init__(self, names: Iterable[str], total: int, out: TextIO = sys.stderr) -> None:
-        self.names, self.total, self.out = tuple(names), total, out
+        self.names, self.out, self._total = tuple(names), out, total
         self._done = dict.fromkeys(self.names, 0)
         self._said = dict.fromkeys(self.names, 0)
         self._bars: Any = None
@@ -40,6 +40,17 @@ class Progress:
             console=Console(file=self.out),
         )
         self._tasks = {name: self._bars.add_task(name, total=self.total, note="") for name in self.names}
+
+    @property
+    def total(self) -> int:
+        """Where every task ends; may be set anew on the way."""
+        return self._total
+
+    @total.setter
+    def total(self, value: int) -> None:
+        self._total = value
+        for task in self._tasks.values():
+            self._bars.update(task, total=value)
 
     def __enter__(self):
         if self._bars:
