@@ -135,7 +135,6 @@ struct RnnTanh {
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = tanh(x[0] + r[0]);
-    
   }
 
   template <class V>
@@ -157,7 +156,6 @@ struct RnnRelu {
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = relu(x[0] + r[0]);
-    
   }
 
   template <class V>
@@ -179,7 +177,6 @@ struct RnnSigmoid {
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = sigmoid(x[0] + r[0]);
-    
   }
 
   template <class V>

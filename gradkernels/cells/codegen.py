@@ -36,7 +36,36 @@ _RESULTS = {
 
 
 def struct(cell: Cell) -> str:
-    """The C++ struct of a cell. NotImplementedError: it uses what the C++ drivers do not have."""
+    """The C++ struct of a cell; csrc/cells.gen.h says what its members are.
+
+    Raises:
+        NotImplementedError: it has per-unit parameters or `mean`, which the C++ drivers do not have.
+        ValueError: its name cannot be one in C++.
+
+    >>> from gradkernels.cells import get
+    >>> print(struct(get("rnn_relu")))
+    struct RnnRelu {
+      static constexpr const char *name = "rnn_relu";
+      static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
+      static constexpr bool shared = true;
+    <BLANKLINE>
+      template <class V>
+      static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
+        t[0] = relu(x[0] + r[0]);
+      }
+    <BLANKLINE>
+      template <class V>
+      static inline void backward(const V *, const V (&)[S], const V (&t)[S], const V (&dt)[S],
+          V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
+        const V dx0 = where(t[0] <= V(0), V(0), dt[0]);
+        dx[0] = dx0;
+        dr[0] = dx[0];
+        ds[0] = V(0);
+        total[0] = dt[0];
+      }
+    };
+    <BLANKLINE>
+    """
     if cell.P:
         raise NotImplementedError(
             f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet"
@@ -165,7 +194,7 @@ def _results(values: list[ast.expr], results: dict[str, str], tuples: dict[str, 
                 continue
         assignments = [f"{result}[{k}] = {text};" for k, text in enumerate(texts)]
         line = " ".join(assignments)
-        lines += [line] if len(line) <= 112 else assignments
+        lines += assignments if len(line) > 112 else [line] if line else []
     return lines
 
 

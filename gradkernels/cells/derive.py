@@ -9,9 +9,9 @@ from typing import Any, overload
 
 from .bind import Cell
 from .differentiate import adjoints, tangents
-from .graph import Graph, Node
+from .graph import Graph, Group, Node, Products
 from .printer import Printer
-from .reader import Group, Products, Reader
+from .reader import Reader
 from .save import choose_saved
 from .source import find, scope
 

@@ -196,6 +196,35 @@ class Graph:
         return self.make(op, *args)
 
 
+class Group:
+    """x, r, s or p: leaves made when they are read, so that sizes are inferred."""
+
+    def __init__(self, graph: Graph, name: str):
+        self.graph, self.name = graph, name
+        self.read: set[int] = set()
+
+    @property
+    def size(self) -> int:
+        return max(self.read, default=-1) + 1
+
+    def __getitem__(self, k: int) -> Node:
+        self.read.add(k)
+        return self.graph.leaf(self.name, k)
+
+
+class Products(Group):
+    """r: `r[k]` is the product of s[0]; `r[k](v)` is the product of another value, the operand, of which a cell has one."""
+
+    def __init__(self, graph: Graph, name: str):
+        super().__init__(graph, name)
+        self.operand: Node | None = None
+        self.second: dict[int, Any] = {}  # gate -> where it was written
+
+    @property
+    def size(self) -> int:
+        return max([*self.read, *self.second], default=-1) + 1
+
+
 def reach(nodes: Iterable[Node]) -> list[Node]:
     """Every node that these need, in the order in which they were made: arguments before results."""
     seen: set[Node] = set()

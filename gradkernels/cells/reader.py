@@ -8,8 +8,8 @@ import functools
 import types
 from typing import Any, NoReturn
 
-from .graph import COMPARES, MACROS, OPERATORS, RULES, VOCABULARY, Graph, Node, reach
-from .source import fail, find, meaning, scope
+from .graph import COMPARES, MACROS, OPERATORS, RULES, VOCABULARY, Graph, Group, Node, Products, reach
+from .source import Known, fail, find, meaning, scope
 
 _NAMES = {  # what people call them
     ast.If: "a branch",
@@ -22,40 +22,11 @@ _NAMES = {  # what people call them
     ast.BoolOp: "'and' or 'or'",
     ast.Return: "an empty return",
     ast.Assert: "an assertion",
-    ast.Constant: "text, a truth value or None",
+    ast.Constant: "a constant that is no number",
     ast.FunctionDef: "a function inside a function",
     ast.Lambda: "a function inside a function",
 }
 _TARGETS = "only names and tuples of names can be assigned"
-
-
-class Group:
-    """x, r, s or p: leaves made when they are read, so that sizes are inferred."""
-
-    def __init__(self, graph: Graph, name: str):
-        self.graph, self.name = graph, name
-        self.read: set[int] = set()
-
-    @property
-    def size(self) -> int:
-        return max(self.read, default=-1) + 1
-
-    def __getitem__(self, k: int) -> Node:
-        self.read.add(k)
-        return self.graph.leaf(self.name, k)
-
-
-class Products(Group):
-    """r: `r[k]` is the product of s[0]; `r[k](v)` is the product of another value, the operand, of which a cell has one."""
-
-    def __init__(self, graph: Graph, name: str):
-        super().__init__(graph, name)
-        self.operand: Node | None = None
-        self.second: dict[int, tuple[Reader, ast.AST]] = {}  # gate -> where it was written
-
-    @property
-    def size(self) -> int:
-        return max([*self.read, *self.second], default=-1) + 1
 
 
 class Reader:
@@ -117,7 +88,7 @@ class Reader:
                 self.env[name] = value
             case ast.Tuple(elts=elts) | ast.List(elts=elts) if not isinstance(value, Node):
                 if isinstance(value, Group):
-                    value = [value[k] for k in range(len(elts))]
+                    value = [self.item(target, value, k) for k in range(len(elts))]
                 if len(elts) != len(value):
                     self.error(target, f"{len(elts)} names for {len(value)} values")
                 for e, v in zip(elts, value):
@@ -151,11 +122,7 @@ class Reader:
                 values, k = self.value(group), self.index(index)
                 if isinstance(values, Node):
                     self.error(node, "a value cannot be indexed: a cell sees one unit of one row at a time")
-                if isinstance(values, Products) and k in values.second:
-                    self.error(node, f"r[{k}] is the product of another value elsewhere; it can be only one of the two")
-                if not isinstance(values, Group) and k >= len(values):
-                    self.error(node, f"index {k} in a tuple of {len(values)}")
-                return values[k]
+                return self.item(node, values, k)
             case ast.UnaryOp(op=ast.USub(), operand=a):
                 return self.apply(node, "neg", self.scalar(a))
             case ast.UnaryOp(op=ast.UAdd(), operand=a):
@@ -169,6 +136,13 @@ class Reader:
             case ast.Compare():
                 self.error(node, "a condition is one comparison: a < b, a <= b, a > b or a >= b")
         self.refuse(node)
+
+    def item(self, node: ast.AST, values: Any, k: int) -> Any:
+        if isinstance(values, Products) and k in values.second:
+            self.error(node, f"r[{k}] is the product of another value elsewhere; it can be only one of the two")
+        if not isinstance(values, Group) and k >= len(values):
+            self.error(node, f"index {k} in a tuple of {len(values)}")
+        return values[k]
 
     def condition(self, node: ast.AST) -> Node:
         value = self.value(node)
@@ -213,19 +187,16 @@ class Reader:
         if keywords or any(isinstance(a, ast.Starred) for a in args):
             self.error(node, "functions of a cell take plain positional arguments")
         target: Any
-        if (
-            isinstance(f, ast.Subscript)
-            and isinstance(f.value, ast.Name)
-            and isinstance(self.env.get(f.value.id), Products)
-        ):
-            return self.product(node, self.env[f.value.id], self.index(f.slice), args)
-        if isinstance(f, ast.Name) and f.id not in self.env:
-            target = self.resolve(f, f.id)
-        elif isinstance(f, ast.Attribute) and _root(f) not in (None, *self.env):
-            target = self.attribute(f)
-        else:
-            self.error(node, f"methods are not allowed on a value; functions of a cell are {', '.join(VOCABULARY)}")
-        if isinstance(target, str):
+        match f:
+            case ast.Subscript(value=ast.Name(id=name), slice=index) if isinstance(self.env.get(name), Products):
+                return self.product(node, self.env[name], self.index(index), args)
+            case ast.Name(id=name) if name not in self.env:
+                target = self.resolve(f, name)
+            case ast.Attribute() if _root(f) not in (None, *self.env):
+                target = self.attribute(f)
+            case _:
+                self.error(node, f"methods are not allowed on a value; functions of a cell are {', '.join(VOCABULARY)}")
+        if isinstance(target, Known):
             return self.known(node, target, args)
         if isinstance(target, types.FunctionType):  # the author's own helper: read in place
             return self.helper(node, target, [self.value(a) for a in args])
@@ -300,7 +271,7 @@ class Reader:
         if name in self.outer:
             return meaning(self.outer[name])
         if name in VOCABULARY:
-            return name
+            return Known(name)
         names = [*VOCABULARY, *self.env, *(k for k in self.outer if not k.startswith("_"))]
         near = difflib.get_close_matches(name, names, 1, 0.75)
         hint = f"did you mean {near[0]}? F" if near else "f"
@@ -312,7 +283,7 @@ class Reader:
             return self.constant(node, value)
         if isinstance(value, tuple) and all(map(number, value)):
             return tuple(self.constant(node, v) for v in value)
-        what = "function" if isinstance(value, str) and value in VOCABULARY else type(value).__name__
+        what = "function" if isinstance(value, Known) else type(value).__name__
         self.error(node, f"'{ast.unparse(node)}' is a {what}; a cell can use numbers and call functions from outside")
 
 

@@ -22,11 +22,19 @@ def fail(filename: str, node: ast.AST, message: str) -> NoReturn:
     raise SyntaxError(message, (filename, place.lineno, column(place.col_offset), line, place.lineno, end))
 
 
+class Known(str):
+    """The name of a function of the language."""
+
+    __slots__ = ()
+
+
 def meaning(value: Any) -> Any:
+    """Known, where this is a function that the author imported from somewhere else; else the thing itself."""
     try:
-        return _known_functions().get(value, value)
+        name = _known_functions().get(value)
     except TypeError:  # unhashable
         return value
+    return Known(name) if name else value
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def test_kept_values_are_kept(each):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_every_result_has_the_dtype_of_the_arguments(each, dtype, default, monkeypatch):
+def test_every_result_has_the_dtype_of_the_arguments(each, dtype, default):
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
