@@ -70,10 +70,9 @@ def struct(cell: Cell) -> str:
         raise NotImplementedError(
             f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet"
         )
-    functions = {f.name: f for f in ast.parse(cell.source).body if isinstance(f, ast.FunctionDef)}
-    used = {
-        n.func.id for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
+    module = ast.parse(cell.source)
+    functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
+    used = {n.id for n in ast.walk(module) if isinstance(n, ast.Name)}
     if "mean" in used:
         raise NotImplementedError(f"cell '{cell.name}' has mean, a sum over units, which the C++ drivers cannot do yet")
     if not cell.name.isidentifier() or not cell.name.isascii():
@@ -206,11 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     text = header(CELLS.values())
     if options.check:
-        if HEADER.exists() and HEADER.read_text() == text:
+        if HEADER.exists() and HEADER.read_text(encoding="utf-8") == text:
             return 0
         print(f"{HEADER} is not current; run python -m gradkernels.cells.codegen", file=sys.stderr)
         return 1
-    HEADER.write_text(text)
+    HEADER.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -92,7 +92,7 @@ def compiler():
 
 def build(cells, folder):
     """The program with a header of these cells."""
-    (folder / "cells.gen.h").write_text(codegen.header(cells))
+    (folder / "cells.gen.h").write_text(codegen.header(cells), encoding="utf-8")
     (folder / "main.cpp").write_text(PROGRAM)
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     command = [compiler(), *flags, "main.cpp", "-o", "main"]
@@ -125,7 +125,9 @@ def compare(cell, program, rows=20):
 
 
 def test_committed_header_is_current():
-    assert codegen.HEADER.read_text() == codegen.header(CELLS.values()), "run python -m gradkernels.cells.codegen"
+    assert codegen.HEADER.read_text(encoding="utf-8") == codegen.header(CELLS.values()), (
+        "run python -m gradkernels.cells.codegen"
+    )
 
 
 def test_command(tmp_path, monkeypatch, capsys):
