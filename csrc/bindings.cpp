@@ -1,4 +1,5 @@
-// The only file that knows Python: sizes and raw addresses in, nothing out. Whoever calls has checked every one of them.
+// The only file that knows Python: sizes and raw addresses in, nothing out. Whoever calls has checked every one of
+// them.
 #include "cells.gen.h"
 #include "cpu/dispatch.h"
 #include <pybind11/pybind11.h>
@@ -46,8 +47,8 @@ template <class F> void with_storage(const std::string &name, F f) {
   throw std::invalid_argument("no kernels for " + name);
 }
 
-void forward(const std::string &cell, int states, const std::string &storage, int64_t T, int64_t B, int64_t I, int64_t H,
-             int64_t R, bool reverse, int threads, const Addresses &addresses) {
+void forward(const std::string &cell, int states, const std::string &storage, int64_t T, int64_t B, int64_t I,
+             int64_t H, int64_t R, bool reverse, int threads, const Addresses &addresses) {
   Reader r(addresses);
   auto q = sequence<ForwardArgs>(T, B, I, H, R, reverse, threads, r);
   r >> q.x >> q.w_ih >> q.b_ih >> q.w_hh >> q.b_hh >> q.w_hr >> q.raw >> q.acts;
@@ -80,9 +81,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("has_cell", [](const std::string &name) {
     try {
       with_cell(name, [](auto) {});
-    } catch (const std::invalid_argument &) {
-      return false;
-    }
+    } catch (const std::invalid_argument &) { return false; }
     return true;
   });
   m.attr("vector_bytes") = vector_bytes;

@@ -1,4 +1,5 @@
-// Vec<T>: a SIMD value on compiler vector extensions, with exp, sigmoid and tanh over it; loads and stores of every storage type.
+// Vec<T>: a SIMD value on compiler vector extensions, with exp, sigmoid and tanh over it; loads and stores of every
+// storage type.
 //
 // One text for SSE2, AVX2, AVX-512 and NEON: the width is the build's. Needs -ffp-contract=fast -fno-math-errno
 // -fno-trapping-math and must not be built with -ffast-math, because NaN and Inf have to travel.
@@ -21,8 +22,12 @@ constexpr int vector_bytes = 16;
 #endif
 
 // Storage types. Arithmetic is never done in them: Real<T> is what a stored T is computed in.
-struct bfloat16 { uint16_t bits; };
-struct half { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
 template <class T> using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T> struct Vec {
@@ -36,7 +41,11 @@ template <class T> struct Vec {
   Vec(Raw r) : v(r) {}
   template <class S, class = std::enable_if_t<std::is_arithmetic_v<S>>> Vec(S s) : v(T(s) - Raw{}) {}
 
-  static Vec load(const T *p) { Vec x; std::memcpy(&x.v, p, sizeof x.v); return x; }
+  static Vec load(const T *p) {
+    Vec x;
+    std::memcpy(&x.v, p, sizeof x.v);
+    return x;
+  }
   void store(T *p) const { std::memcpy(p, &v, sizeof v); }
 
   friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
@@ -44,7 +53,10 @@ template <class T> struct Vec {
   friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
   friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
   friend Vec operator-(Vec a) { return -a.v; }
-  Vec &operator+=(Vec b) { v += b.v; return *this; }
+  Vec &operator+=(Vec b) {
+    v += b.v;
+    return *this;
+  }
 
   friend Bits operator<(Vec a, Vec b) { return a.v < b.v; }
   friend Bits operator>(Vec a, Vec b) { return a.v > b.v; }
@@ -56,22 +68,30 @@ template <class T> struct Vec {
   // quarter of the time of exp, so the instruction is named where there is one.
   friend Vec min(Vec x, Vec bound) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return Raw(_mm512_maskz_min_ps(__mmask16(-1), bound.v, x.v));
-    else return Raw(_mm512_maskz_min_pd(__mmask8(-1), bound.v, x.v));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm512_maskz_min_ps(__mmask16(-1), bound.v, x.v));
+    else
+      return Raw(_mm512_maskz_min_pd(__mmask8(-1), bound.v, x.v));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) return Raw(_mm256_min_ps(bound.v, x.v));
-    else return Raw(_mm256_min_pd(bound.v, x.v));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm256_min_ps(bound.v, x.v));
+    else
+      return Raw(_mm256_min_pd(bound.v, x.v));
 #else
     return x.v > bound.v ? bound.v : x.v;
 #endif
   }
   friend Vec max(Vec x, Vec bound) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return Raw(_mm512_maskz_max_ps(__mmask16(-1), bound.v, x.v));
-    else return Raw(_mm512_maskz_max_pd(__mmask8(-1), bound.v, x.v));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm512_maskz_max_ps(__mmask16(-1), bound.v, x.v));
+    else
+      return Raw(_mm512_maskz_max_pd(__mmask8(-1), bound.v, x.v));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) return Raw(_mm256_max_ps(bound.v, x.v));
-    else return Raw(_mm256_max_pd(bound.v, x.v));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm256_max_ps(bound.v, x.v));
+    else
+      return Raw(_mm256_max_pd(bound.v, x.v));
 #else
     return x.v < bound.v ? bound.v : x.v;
 #endif
@@ -80,7 +100,8 @@ template <class T> struct Vec {
 
 // ---- elementary functions
 
-// e^x = 2^n e^r with |r| <= ln2 / 2 and e^r = 1 + r + r^2 p(r), p minimax. Adding `round` leaves n in the low bits of the sum.
+// e^x = 2^n e^r with |r| <= ln2 / 2 and e^r = 1 + r + r^2 p(r), p minimax. Adding `round` leaves n in the low bits of
+// the sum.
 template <class T> struct Exp;
 template <> struct Exp<float> {
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693145752f, ln2_lo = 1.42860677e-6f, round = 12582912.f;
@@ -99,7 +120,9 @@ template <> struct Exp<double> {
 };
 
 // e^x = (1 + m) s. Below `low` s is 0 and above `high` infinite, so that saturation needs no branch.
-template <class T> struct Reduced { Vec<T> m, s; };
+template <class T> struct Reduced {
+  Vec<T> m, s;
+};
 template <class T> inline Reduced<T> reduce(Vec<T> x) {
   using V = Vec<T>;
   using E = Exp<T>;
@@ -129,7 +152,8 @@ template <class T> inline Vec<T> relu(Vec<T> x) {
   return where(x < Vec<T>(0), Vec<T>(0), x); // a NaN stays one
 }
 
-// ---- loads and stores: the first n lanes, n >= 1; the others read as zero and are not written. n may exceed the width.
+// ---- loads and stores: the first n lanes, n >= 1; the others read as zero and are not written. n may exceed the
+// width.
 
 template <class T> constexpr int lanes = Vec<Real<T>>::size;
 
@@ -175,7 +199,7 @@ inline uint16_t float_to_half(float f) {
 }
 inline Vec<float> decode(Short s, half) {
 #if defined(__AVX512F__)
-  return Vec<float>((Vec<float>::Raw)_mm512_cvtph_ps((__m256i)s));
+  return Vec<float>((Vec<float>::Raw)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)s));
 #elif defined(__AVX2__)
   return Vec<float>((Vec<float>::Raw)_mm256_cvtph_ps((__m128i)s));
 #else
@@ -199,9 +223,12 @@ inline Short encode(Vec<float> x, half) {
 // Part of a vector of any element, by mask where the machine has one.
 template <class Raw, class E> inline Raw load_part(const E *p, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 2) return (Raw)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
-  else if constexpr (sizeof(E) == 4) return (Raw)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-  else return (Raw)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  if constexpr (sizeof(E) == 2)
+    return (Raw)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  else if constexpr (sizeof(E) == 4)
+    return (Raw)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else
+    return (Raw)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 #else
   E part[sizeof(Raw) / sizeof(E)] = {};
   for (int i = 0; i < n; i++) part[i] = p[i];
@@ -212,9 +239,12 @@ template <class Raw, class E> inline Raw load_part(const E *p, int n) {
 }
 template <class Raw, class E> inline void store_part(E *p, int n, Raw r) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)r);
-  else if constexpr (sizeof(E) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)r);
-  else _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)r);
+  if constexpr (sizeof(E) == 2)
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)r);
+  else if constexpr (sizeof(E) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)r);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)r);
 #else
   E part[sizeof(Raw) / sizeof(E)];
   std::memcpy(part, &r, sizeof r);
@@ -226,8 +256,10 @@ template <class T> inline Vec<Real<T>> load(const T *p, int64_t n = lanes<T>) {
   using V = Vec<Real<T>>;
   if constexpr (sizeof(T) == 2) {
     Short s;
-    if (n >= V::size) std::memcpy(&s, p, sizeof s);
-    else s = load_part<Short>(reinterpret_cast<const uint16_t *>(p), int(n));
+    if (n >= V::size)
+      std::memcpy(&s, p, sizeof s);
+    else
+      s = load_part<Short>(reinterpret_cast<const uint16_t *>(p), int(n));
     return decode(s, T{});
   } else
     return n >= V::size ? V::load(p) : V(load_part<typename V::Raw>(p, int(n)));
@@ -236,8 +268,10 @@ template <class T> inline void store(T *p, Vec<Real<T>> x, int64_t n = lanes<T>)
   using V = Vec<Real<T>>;
   if constexpr (sizeof(T) == 2) {
     const Short s = encode(x, T{});
-    if (n >= V::size) std::memcpy(p, &s, sizeof s);
-    else store_part(reinterpret_cast<uint16_t *>(p), int(n), s);
+    if (n >= V::size)
+      std::memcpy(p, &s, sizeof s);
+    else
+      store_part(reinterpret_cast<uint16_t *>(p), int(n), s);
   } else if (n >= V::size)
     x.store(p);
   else

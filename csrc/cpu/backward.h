@@ -1,6 +1,6 @@
-// BPTT for any cell, in chunks of steps. The gate gradients of a chunk stay in cache: the cell writes them once, the next
-// step's product, the input gradient and the weight gradients read them, and the chunk after the next overwrites them.
-// Two rings let a thread run one chunk ahead. What forward kept is only read.
+// BPTT for any cell, in chunks of steps. The gate gradients of a chunk stay in cache: the cell writes them once, the
+// next step's product, the input gradient and the weight gradients read them, and the chunk after the next overwrites
+// them. Two rings let a thread run one chunk ahead. What forward kept is only read.
 #pragma once
 #include "recurrent.h"
 
@@ -56,7 +56,9 @@ template <class Cell, class T, class P> class Backward {
     int64_t C = 0;
   };
   // Steps [lo, hi) of the walk.
-  struct Chunk { int64_t lo, hi, tokens; };
+  struct Chunk {
+    int64_t lo, hi, tokens;
+  };
 
   const BackwardArgs &q;
   const int64_t K = G * q.H, K1 = (G - Q) * q.H;
@@ -72,9 +74,9 @@ template <class Cell, class T, class P> class Backward {
   Ring ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
   Factor x, h, v, raw;
   Weights dw_ih, dw_hh, dw_hr;
-  F *db_x, *db_r;                 // [K] each
-  std::vector<P *> pairs;         // of a thread: adjoints of a chunk, two tokens side by side
-  std::vector<double> norms;      // [threads, T, S]
+  F *db_x, *db_r;            // [K] each
+  std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
+  std::vector<double> norms; // [threads, T, S]
 
   const T *at(const void *p) const { return static_cast<const T *>(p); }
   T *at(void *p) const { return static_cast<T *>(p); }
@@ -106,8 +108,10 @@ template <class Cell, class T, class P> class Backward {
   }
   Factor take_factor(int64_t C) { return {{take_panels<P>(arena, C, 1, room), take_panels<P>(arena, C, 1, room)}, C}; }
   Weights take_weights(void *out, int64_t M, int64_t C) {
-    if constexpr (std::is_same_v<T, F>) return {at(out), at(out), M, C};
-    else return {at(out), arena.take<F>(M * C), M, C};
+    if constexpr (std::is_same_v<T, F>)
+      return {at(out), at(out), M, C};
+    else
+      return {at(out), arena.take<F>(M * C), M, C};
   }
 
   void pack(int id) {
@@ -137,7 +141,9 @@ template <class Cell, class T, class P> class Backward {
 
   // ---- a step
 
-  struct Unit { V a[A ? A : 1], s[S], t[S], dt[S]; };
+  struct Unit {
+    V a[A ? A : 1], s[S], t[S], dt[S];
+  };
   // What the cell's derivative sees of a row and a vector of units, dt left to the caller.
   void gather(int64_t i, int64_t b, int64_t v, Unit &u) const {
     const int64_t token = q.token(i, b), unit = v * L, m = q.H - unit;
@@ -161,8 +167,10 @@ template <class Cell, class T, class P> class Backward {
   void finish(int64_t i, int64_t b, int64_t v, const Unit &u, [[maybe_unused]] V dv, Norm<F> *norm) const {
     const int64_t unit = v * L, m = q.H - unit;
     V dx[G], dr[G], ds[S], total[S];
-    if constexpr (Q > 0) Cell::backward(u.a, u.s, u.t, u.dt, dv, dx, dr, ds, total);
-    else Cell::backward(u.a, u.s, u.t, u.dt, dx, dr, ds, total);
+    if constexpr (Q > 0)
+      Cell::backward(u.a, u.s, u.t, u.dt, dv, dx, dr, ds, total);
+    else
+      Cell::backward(u.a, u.s, u.t, u.dt, dx, dr, ds, total);
     for (int g = 0; g < G; g++) {
       put(ring_x, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
       if (split) put(ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
@@ -203,8 +211,9 @@ template <class Cell, class T, class P> class Backward {
         finish(i, b, v, u, V(0), norm);
     };
     if (through)
-      product<1>(hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); },
-                 depth, each);
+      product<1>(
+          hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); }, depth,
+          each);
     else
       for (int64_t k = 0; k < hi - lo; k++)
         for (int64_t v = p.r0; v < p.r1; v++) each(k, v, nullptr);
@@ -218,29 +227,30 @@ template <class Cell, class T, class P> class Backward {
     rows_of_step(p, i, both, after, true, false, wanted);
     const int64_t n = p.within(now) - p.b0;
     if constexpr (Q > 0) {
-      p.meet.wait();
-      product<1>(n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
-                 [&](int64_t k, int64_t v, const F *acc) {
-                   Unit u;
-                   for (int j = 0; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v));
-                   gather(i, p.b0 + k, v, u);
-                   finish(i, p.b0 + k, v, u, V::load(acc), wanted);
-                 });
+      p.meet();
+      product<1>(
+          n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
+          [&](int64_t k, int64_t v, const F *acc) {
+            Unit u;
+            for (int j = 0; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v));
+            gather(i, p.b0 + k, v, u);
+            finish(i, p.b0 + k, v, u, V::load(acc), wanted);
+          });
     } else if (q.w_hr) {
-      p.meet.wait();
-      product<1>(n, p.v0, p.v1, w_hr.matrix, [&](int64_t k) { return ring_h.row(place[i] + p.b0 + k); }, depth,
-                 [&](int64_t k, int64_t v, const F *acc) {
-                   Unit u;
-                   u.dt[0] = V::load(acc);
-                   for (int j = 1; j < S; j++)
-                     u.dt[j] = V::load(carry_at(j, p.b0 + k, v)) + given(j, i, p.b0 + k, v, q.H);
-                   gather(i, p.b0 + k, v, u);
-                   finish(i, p.b0 + k, v, u, V(0), wanted);
-                 });
+      p.meet();
+      product<1>(
+          n, p.v0, p.v1, w_hr.matrix, [&](int64_t k) { return ring_h.row(place[i] + p.b0 + k); }, depth,
+          [&](int64_t k, int64_t v, const F *acc) {
+            Unit u;
+            u.dt[0] = V::load(acc);
+            for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v)) + given(j, i, p.b0 + k, v, q.H);
+            gather(i, p.b0 + k, v, u);
+            finish(i, p.b0 + k, v, u, V(0), wanted);
+          });
     }
     if (wanted)
       for (int k = 0; k < S; k++) norms[(p.id * q.T + q.time(i)) * S + k] = norm[k].sum();
-    p.meet.wait();
+    p.meet();
   }
 
   // ---- a chunk
@@ -256,10 +266,12 @@ template <class Cell, class T, class P> class Backward {
       if (!f.C) return;
       i = c.lo, b = 0;
       const int64_t CV = vectors<T>(f.C);
-      pack_rows<P>([&](int64_t) {
-        while (b == q.rows_at(i)) i++, b = 0;
-        return row(i, b++);
-      }, f.panels[parity].panels, f.panels[parity].matrix.panel, c.tokens, f.C, CV * id / n, CV * (id + 1) / n);
+      pack_rows<P>(
+          [&](int64_t) {
+            while (b == q.rows_at(i)) i++, b = 0;
+            return row(i, b++);
+          },
+          f.panels[parity].panels, f.panels[parity].matrix.panel, c.tokens, f.C, CV * id / n, CV * (id + 1) / n);
     };
     all(x, [&](int64_t i, int64_t b) { return at(q.x) + q.token(i, b) * q.I; });
     all(h, [&](int64_t i, int64_t b) { return entering(0, i, b, q.R); });
@@ -283,13 +295,14 @@ template <class Cell, class T, class P> class Backward {
     }
     Matrix<P> panels = f.panels[parity].matrix;
     panels.steps = sum_steps<P>(c.tokens);
-    product<1>(m1 - m0, 0, vectors<T>(f.C), panels, [&](int64_t m) { return left + m * depth; }, stride,
-               [&](int64_t m, int64_t v, const F *acc) {
-                 F *const to = w.sum + (row0 + m0 + m) * f.C + v * L;
-                 const int64_t n = f.C - v * L;
-                 const V d = V::load(acc);
-                 store(to, first ? d : load(to, n) + d, n);
-               });
+    product<1>(
+        m1 - m0, 0, vectors<T>(f.C), panels, [&](int64_t m) { return left + m * depth; }, stride,
+        [&](int64_t m, int64_t v, const F *acc) {
+          F *const to = w.sum + (row0 + m0 + m) * f.C + v * L;
+          const int64_t n = f.C - v * L;
+          const V d = V::load(acc);
+          store(to, first ? d : load(to, n) + d, n);
+        });
   }
   void add_bias(const Chunk &c, bool first, const Ring &ring, int64_t m0, int64_t m1, F *db) const {
     for (int64_t m = m0; db && m < m1; m += L) {
@@ -303,10 +316,11 @@ template <class Cell, class T, class P> class Backward {
     const int64_t n1 = c.tokens * (id + 1) / team.size;
     for (int64_t n0 = c.tokens * id / team.size; n0 < n1; n0 += block) {
       const int64_t at0 = place[c.lo] + n0;
-      product<1>(std::min(block, n1 - n0), 0, IV, w_ih.matrix, [&](int64_t k) { return ring_x.row(at0 + k); }, depth,
-                 [&](int64_t k, int64_t v, const F *acc) {
-                   store(at(q.dx) + token[at0 + k] * q.I + v * L, V::load(acc), q.I - v * L);
-                 });
+      product<1>(
+          std::min(block, n1 - n0), 0, IV, w_ih.matrix, [&](int64_t k) { return ring_x.row(at0 + k); }, depth,
+          [&](int64_t k, int64_t v, const F *acc) {
+            store(at(q.dx) + token[at0 + k] * q.I + v * L, V::load(acc), q.I - v * L);
+          });
     }
   }
   void gradients(const Chunk &c, int parity, int id, bool first) {
@@ -314,9 +328,9 @@ template <class Cell, class T, class P> class Backward {
     if constexpr (Q > 0) {
       if (v.C) {
         pack_rows<P>([&](int64_t t) -> const P * { return ring_v.row(place[c.lo] + t); }, v.panels[parity].panels,
-                     v.panels[parity].matrix.panel, c.tokens, q.H, NV * id / team.size, NV * (id + 1) / team.size);
+                     v.panels[parity].matrix.panel, c.tokens, q.H, NV *id / team.size, NV * (id + 1) / team.size);
       }
-      team.all.wait();
+      team.all.wait(id);
     }
     accumulate(c, parity, id, first, ring_x, m0, m1, x, dw_ih);
     accumulate(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh);
@@ -359,9 +373,8 @@ public:
     const bool weights = q.dw_ih || q.dw_hh || q.dw_hr;
     for (int id = 0; id < team.size; id++) {
       const int64_t most = std::max(K, q.R) / team.size + 1;
-      pairs.push_back(depth > 1 && weights
-                          ? arena.take<P>(sum_steps<P>(room) * row_stride<P>((most + L) * depth))
-                          : nullptr);
+      pairs.push_back(depth > 1 && weights ? arena.take<P>(sum_steps<P>(room) * row_stride<P>((most + L) * depth))
+                                           : nullptr);
     }
     if (q.norms) norms.resize(team.size * q.T * S);
   }
@@ -371,12 +384,12 @@ public:
       const Part p = team.part(id, NV, RV);
       pack(id);
       enter(p);
-      team.all.wait();
+      team.all.wait(id);
       for (size_t n = 0; n < chunks.size(); n++) {
         const Chunk &c = chunks[n];
         pack_factors(c, n % 2, id);
         for (int64_t i = c.hi - 1; i >= c.lo; i--) step(p, i);
-        team.all.wait();
+        team.all.wait(id);
         gradients(c, n % 2, id, n == 0);
       }
       step(p, -1);
@@ -398,6 +411,8 @@ public:
   }
 };
 
-template <class Cell, class T, class P> void recurrent_backward(const BackwardArgs &q) { Backward<Cell, T, P>(q).run(); }
+template <class Cell, class T, class P> void recurrent_backward(const BackwardArgs &q) {
+  Backward<Cell, T, P>(q).run();
+}
 
 } // namespace gk

@@ -1,5 +1,5 @@
-// Sequence forward for any cell. A thread owns a rectangle rows x units for the whole sequence; each step is a product of
-// the entering h with the recurrent matrix, tile by tile, and the cell on the tile while it is at hand. Input is
+// Sequence forward for any cell. A thread owns a rectangle rows x units for the whole sequence; each step is a product
+// of the entering h with the recurrent matrix, tile by tile, and the cell on the tile while it is at hand. Input is
 // projected a few steps at a time, so that gate pre-activations stay in cache.
 #pragma once
 #include "recurrent.h"
@@ -14,15 +14,15 @@ template <class Cell, class T, class P> class Forward {
 
   const ForwardArgs &q;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R);
-  const int64_t width = std::max(NV, RV) * L;                          // of a row of state
+  const int64_t width = std::max(NV, RV) * L; // of a row of state
   const int64_t h_stride = row_stride<P>(std::max(NV, RV) * L);
   Arena &arena = Arena::of_this_thread();
   Team team;
   Packed<P> w_ih, w_first, w_second, w_hr;
-  F *state;            // [S, B, width], each thread its own
-  P *h[2];             // [B, h_stride] what enters a step, what leaves it
-  P *between;          // [B, h_stride] the operand of a second product, or the output before projection
-  F *first_gates;      // [B, NV, G - Q, L] while a second product is made
+  F *state;       // [S, B, width], each thread its own
+  P *h[2];        // [B, h_stride] what enters a step, what leaves it
+  P *between;     // [B, h_stride] the operand of a second product, or the output before projection
+  F *first_gates; // [B, NV, G - Q, L] while a second product is made
 
   // What a thread has projected: steps of the span one after the other, rows within each.
   struct Projected {
@@ -49,7 +49,9 @@ template <class Cell, class T, class P> class Forward {
       if (Q) pack_gates(at(q.w_hh) + (G - Q) * q.H * q.R, w_second.panels, w_second.matrix.panel, Q, q.H, q.R, lo, hi);
     });
     if (q.w_hr)
-      share(RV, [&](int64_t lo, int64_t hi) { pack_gates(at(q.w_hr), w_hr.panels, w_hr.matrix.panel, 1, q.R, q.H, lo, hi); });
+      share(RV, [&](int64_t lo, int64_t hi) {
+        pack_gates(at(q.w_hr), w_hr.panels, w_hr.matrix.panel, 1, q.R, q.H, lo, hi);
+      });
   }
 
   void enter(const Part &p) {
@@ -61,14 +63,14 @@ template <class Cell, class T, class P> class Forward {
         for (P *to : h) store(to + b * h_stride + v * L, s);
       }
       for (int k = 1; k < S; k++)
-        for (int64_t v = p.v0; v < p.v1; v++)
-          load(at(q.s0[k]) + c * q.H + v * L, q.H - v * L).store(state_at(k, b, v));
+        for (int64_t v = p.v0; v < p.v1; v++) load(at(q.s0[k]) + c * q.H + v * L, q.H - v * L).store(state_at(k, b, v));
     }
   }
   void leave(const Part &p) {
     for (int64_t b = p.b0; b < p.b1; b++) {
       const int64_t c = q.column(b);
-      for (int64_t v = p.r0; v < p.r1; v++) store(at(q.final[0]) + c * q.R + v * L, V::load(state_at(0, b, v)), q.R - v * L);
+      for (int64_t v = p.r0; v < p.r1; v++)
+        store(at(q.final[0]) + c * q.R + v * L, V::load(state_at(0, b, v)), q.R - v * L);
       for (int k = 1; k < S; k++)
         for (int64_t v = p.v0; v < p.v1; v++)
           store(at(q.final[k]) + c * q.H + v * L, V::load(state_at(k, b, v)), q.H - v * L);
@@ -92,14 +94,17 @@ template <class Cell, class T, class P> class Forward {
         own.rows[n] = to;
       }
     own.vectors = p.v1 - p.v0;
-    product<G>(n, p.v0, p.v1, w_ih.matrix, [&](int64_t k) { return own.rows[k]; }, depth,
-               [&](int64_t k, int64_t v, const F *acc) {
-                 F *const to = own.gates + (k * own.vectors + v - p.v0) * G * L;
-                 for (int g = 0; g < G; g++) V::load(acc + g * L).store(to + g * L);
-               });
+    product<G>(
+        n, p.v0, p.v1, w_ih.matrix, [&](int64_t k) { return own.rows[k]; }, depth,
+        [&](int64_t k, int64_t v, const F *acc) {
+          F *const to = own.gates + (k * own.vectors + v - p.v0) * G * L;
+          for (int g = 0; g < G; g++) V::load(acc + g * L).store(to + g * L);
+        });
   }
 
-  struct Unit { V x[G], r[G], s[S]; };
+  struct Unit {
+    V x[G], r[G], s[S];
+  };
   // What the cell sees of a row and a vector of units, recurrent products left to the caller.
   void gather(const Part &p, int64_t i, int64_t n, int64_t v, Unit &u) const {
     const Projected &own = projected[p.id];
@@ -147,7 +152,7 @@ template <class Cell, class T, class P> class Forward {
         finish(p, i, k, v, u);
     });
     if constexpr (Q > 0) {
-      p.meet.wait();
+      p.meet();
       product<Q>(n, p.v0, p.v1, w_second.matrix, row_of(between), depth, [&](int64_t k, int64_t v, const F *acc) {
         Unit u;
         gather(p, i, k, v, u);
@@ -158,12 +163,12 @@ template <class Cell, class T, class P> class Forward {
       });
     }
     if (q.w_hr) {
-      p.meet.wait();
+      p.meet();
       product<1>(n, p.r0, p.r1, w_hr.matrix, row_of(between), depth,
                  [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
     }
     projected[p.id].at += n;
-    p.meet.wait();
+    p.meet();
   }
 
   static Grid grid_of(const ForwardArgs &q) {
@@ -204,7 +209,7 @@ public:
       const Part p = team.part(id, NV, RV);
       pack(id);
       enter(p);
-      team.all.wait();
+      team.all.wait(id);
       const int64_t span = std::max<int64_t>(1, chunk / std::max<int64_t>(1, p.b1 - p.b0));
       for (int64_t i0 = 0; i0 < q.T; i0 += span) {
         const int64_t i1 = std::min(q.T, i0 + span);

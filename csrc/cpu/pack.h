@@ -12,7 +12,10 @@ namespace gk {
 
 // Scratch memory of one calling thread, kept between calls: fresh pages cost more than the arithmetic on them.
 class Arena {
-  struct Block { char *start; size_t size; };
+  struct Block {
+    char *start;
+    size_t size;
+  };
   std::vector<Block> blocks;
   size_t used = 0, total = 0;
   static constexpr size_t page = size_t(2) << 20;
@@ -86,8 +89,7 @@ template <class P> Packed<P> take_panels(Arena &arena, int64_t columns, int G, i
 
 template <class P> using Word = Vec<std::conditional_t<sizeof(P) == 8, double, float>>;
 
-template <int Gap, class V, int... J>
-inline void exchange(V &a, V &b, std::integer_sequence<int, J...>) {
+template <int Gap, class V, int... J> inline void exchange(V &a, V &b, std::integer_sequence<int, J...>) {
   constexpr int L = V::size;
 #if defined(__clang__)
   const auto low = __builtin_shufflevector(a.v, b.v, (J & Gap ? L + J - Gap : J)...);
@@ -120,8 +122,10 @@ template <class P, class T> inline Word<P> row_words(const T *row, int64_t k, in
 inline Vec<float> pair_words(const bfloat16 *a, const bfloat16 *b, int64_t n) {
   const auto raw = [n](const bfloat16 *p) {
     Short s;
-    if (n >= Vec<float>::size) std::memcpy(&s, p, sizeof s);
-    else s = load_part<Short>(reinterpret_cast<const uint16_t *>(p), int(n));
+    if (n >= Vec<float>::size)
+      std::memcpy(&s, p, sizeof s);
+    else
+      s = load_part<Short>(reinterpret_cast<const uint16_t *>(p), int(n));
     return widen(s);
   };
   return Vec<float>((Vec<float>::Raw)(raw(a) | (b ? raw(b) << 16 : raw(a) & 0)));
@@ -140,8 +144,7 @@ void pack_gates(const T *w, P *out, int64_t panel, int G, int64_t H, int64_t K, 
     for (int g = 0; g < G; g++)
       for (int64_t k = 0; k < steps; k += L) {
         W block[L];
-        for (int j = 0; j < L; j++)
-          block[j] = v * L + j < H ? row_words<P>(w + (g * H + v * L + j) * K, k, K) : W(0);
+        for (int j = 0; j < L; j++) block[j] = v * L + j < H ? row_words<P>(w + (g * H + v * L + j) * K, k, K) : W(0);
         transpose(block);
         for (int64_t i = 0; i < std::min<int64_t>(L, steps - k); i++)
           store_words(out + v * panel + ((k + i) * G + g) * L * depth, block[i]);
@@ -156,8 +159,10 @@ void pack_rows(Row row, P *out, int64_t panel, int64_t K, int64_t columns, int64
     const auto a = row(k), b = depth > 1 && k + 1 < K ? row(k + 1) : nullptr;
     for (int64_t v = v0; v < v1; v++) {
       P *const to = out + v * panel + k * L;
-      if constexpr (depth == 1) store(to, load(a + v * L, columns - v * L));
-      else store_words(to, pair_words(a + v * L, b ? b + v * L : nullptr, columns - v * L));
+      if constexpr (depth == 1)
+        store(to, load(a + v * L, columns - v * L));
+      else
+        store_words(to, pair_words(a + v * L, b ? b + v * L : nullptr, columns - v * L));
     }
   }
 }

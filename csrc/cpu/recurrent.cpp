@@ -1,4 +1,5 @@
-// The drivers of every cell for one storage type, GK_STORAGE: a unit of compilation of its own, so that they build at once.
+// The drivers of every cell for one storage type, GK_STORAGE: a unit of compilation of its own, so that they build at
+// once.
 #include "../cells.gen.h"
 #include "backward.h"
 #include "dispatch.h"
@@ -6,7 +7,8 @@
 
 namespace gk {
 
-// Panels are of the type that sums are made of: the storage type itself where a machine can, else what it is computed in.
+// Panels are of the type that sums are made of: the storage type itself where a machine can, else what it is computed
+// in.
 template <class T, class F> static void with_panels(F f) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, bfloat16>)
@@ -16,14 +18,10 @@ template <class T, class F> static void with_panels(F f) {
 }
 
 template <class T> void Recurrent<T>::forward(const std::string &cell, const ForwardArgs &q) {
-  with_cell(cell, [&](auto c) {
-    with_panels<T>([&](auto p) { recurrent_forward<decltype(c), T, decltype(p)>(q); });
-  });
+  with_cell(cell, [&](auto c) { with_panels<T>([&](auto p) { recurrent_forward<decltype(c), T, decltype(p)>(q); }); });
 }
 template <class T> void Recurrent<T>::backward(const std::string &cell, const BackwardArgs &q) {
-  with_cell(cell, [&](auto c) {
-    with_panels<T>([&](auto p) { recurrent_backward<decltype(c), T, decltype(p)>(q); });
-  });
+  with_cell(cell, [&](auto c) { with_panels<T>([&](auto p) { recurrent_backward<decltype(c), T, decltype(p)>(q); }); });
 }
 
 template struct Recurrent<GK_STORAGE>;

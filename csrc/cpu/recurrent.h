@@ -5,6 +5,7 @@
 #pragma once
 #include "pack.h"
 #include "team.h"
+#include <deque>
 
 namespace gk {
 
@@ -26,15 +27,15 @@ struct Sequence {
 };
 
 struct ForwardArgs : Sequence {
-  const void *x;                    // [N, I], or [N, G * H] gates when w_ih is null
-  const void *w_ih, *b_ih;          // [G * H, I], [G * H]; null where absent
-  const void *w_hh, *b_hh;          // [G * H, R], [G * H] or null
-  const void *w_hr;                 // [R, H] or null
-  const void *s0[max_states];       // [B, R], then [B, H]
-  void *seq[max_states];            // [N, R], then [N, H]; null where not wanted
-  void *raw;                        // [N, H] output before projection, or null
-  void *acts;                       // [N, A, H], or null
-  void *final[max_states];          // as s0
+  const void *x;              // [N, I], or [N, G * H] gates when w_ih is null
+  const void *w_ih, *b_ih;    // [G * H, I], [G * H]; null where absent
+  const void *w_hh, *b_hh;    // [G * H, R], [G * H] or null
+  const void *w_hr;           // [R, H] or null
+  const void *s0[max_states]; // [B, R], then [B, H]
+  void *seq[max_states];      // [N, R], then [N, H]; null where not wanted
+  void *raw;                  // [N, H] output before projection, or null
+  void *acts;                 // [N, A, H], or null
+  void *final[max_states];    // as s0
 };
 
 struct BackwardArgs : Sequence {
@@ -43,12 +44,14 @@ struct BackwardArgs : Sequence {
   const void *dseq[max_states], *dfinal[max_states]; // null is zero
   void *dx, *dw_ih, *db_ih, *dw_hh, *db_hh, *dw_hr;  // null where not wanted
   void *ds0[max_states];
-  void *dgates, *dr, *v, *dproj;    // [N, G * H], [N, G * H], [N, H], [N, R], or null
-  double *norms;                    // [T, S + 1] squared norms of the states' adjoints and rows, or null
+  void *dgates, *dr, *v, *dproj; // [N, G * H], [N, G * H], [N, H], [N, R], or null
+  double *norms;                 // [T, S + 1] squared norms of the states' adjoints and rows, or null
 };
 
 // Rows x units: `rows` groups that never meet, each of `units` threads that exchange the state once per step.
-struct Grid { int rows = 1, units = 1; };
+struct Grid {
+  int rows = 1, units = 1;
+};
 
 // Rows are shared out while each group still fills tiles and the weights of all units stay in a core's own cache.
 inline Grid choose_grid(int threads, int64_t B, int64_t NV, int tile_rows, int64_t weight_bytes) {
@@ -76,7 +79,8 @@ inline std::vector<int64_t> cut_rows(const Sequence &q, int groups) {
     ends[b + 1] = ends[b] + t;
   }
   for (int p = 1; p < groups; p++)
-    cut[p] = std::max(cut[p - 1], int64_t(std::lower_bound(ends.begin(), ends.end(), ends[q.B] * p / groups) - ends.begin()));
+    cut[p] = std::max(cut[p - 1],
+                      int64_t(std::lower_bound(ends.begin(), ends.end(), ends[q.B] * p / groups) - ends.begin()));
   cut[groups] = q.B;
   return cut;
 }
@@ -84,10 +88,12 @@ inline std::vector<int64_t> cut_rows(const Sequence &q, int groups) {
 // The rectangle of one thread.
 struct Part {
   int id;
-  int64_t b0, b1; // rows
-  int64_t v0, v1; // vectors of units
-  int64_t r0, r1; // vectors of h where that is projected, the same otherwise
-  Barrier &meet;  // those who share rows
+  int64_t b0, b1;  // rows
+  int64_t v0, v1;  // vectors of units
+  int64_t r0, r1;  // vectors of h where that is projected, the same otherwise
+  Barrier *shared; // with those who share rows
+  int slice;       // this one among them
+  void meet() const { shared->wait(slice); }
   int64_t within(int64_t b) const { return std::clamp(b, b0, b1); }
 };
 
@@ -95,16 +101,22 @@ struct Team {
   int size;
   Grid grid;
   std::vector<int64_t> cut;
-  std::vector<Barrier> meets;
+  std::deque<Barrier> groups;
   Barrier all;
-  Team(const Sequence &q, Grid g) : size(g.rows * g.units), grid(g), cut(cut_rows(q, g.rows)), meets(g.rows) {
-    for (Barrier &b : meets) b.reset(g.units);
-    all.reset(size);
+  Team(const Sequence &q, Grid g) : size(g.rows * g.units), grid(g), cut(cut_rows(q, g.rows)), all(size) {
+    for (int k = 0; k < g.rows; k++) groups.emplace_back(g.units);
   }
   Part part(int id, int64_t NV, int64_t RV) {
-    const int64_t group = id / grid.units, slice = id % grid.units, n = grid.units;
-    return {id, cut[group], cut[group + 1], NV * slice / n, NV * (slice + 1) / n, RV * slice / n, RV * (slice + 1) / n,
-            meets[group]};
+    const int group = id / grid.units, slice = id % grid.units, n = grid.units;
+    return {id,
+            cut[group],
+            cut[group + 1],
+            NV * slice / n,
+            NV * (slice + 1) / n,
+            RV * slice / n,
+            RV * (slice + 1) / n,
+            &groups[group],
+            slice};
   }
 };
 

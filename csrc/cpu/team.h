@@ -27,41 +27,47 @@ inline void relax() {
 #endif
 }
 
-// Spins for about as long as a step takes, then offers the core to others, then sleeps: two processes on two cores must
-// not stop each other, and a thread that waits for one that was preempted must not burn its time slice.
+// Each thread writes a line of its own and reads those of the others: one transfer between cores a step, where a
+// counter and a flag take three. Spins for about as long as a step takes, then offers the core to others, then sleeps:
+// two processes on two cores must not stop each other, and who waits for a preempted thread must not burn its time
+// slice.
 class Barrier {
   static constexpr int spins = 2000, yields = 64;
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int> epoch{0};
-  std::atomic<int> sleepers{0};
-  int size = 1;
+  struct alignas(64) Line {
+    std::atomic<int> epoch{0};
+  };
+  std::vector<Line> lines;
+  alignas(64) std::atomic<int> sleepers{0};
 
-public:
-  void reset(int n) { size = n; }
-  void wait() {
-    if (size == 1) return;
-    const int now = epoch.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-      arrived.store(0, std::memory_order_relaxed);
-      epoch.store(now + 1, std::memory_order_seq_cst);
-#if defined(__linux__)
-      if (sleepers.load(std::memory_order_seq_cst))
-        syscall(SYS_futex, &epoch, FUTEX_WAKE_PRIVATE, size, nullptr, nullptr, 0);
-#endif
-      return;
-    }
+  void wait_for(std::atomic<int> &other, int now) {
+    const auto behind = [&] { return other.load(std::memory_order_acquire) - now < 0; };
     for (int i = 0; i < spins; i++, relax())
-      if (epoch.load(std::memory_order_acquire) != now) return;
+      if (!behind()) return;
     for (int i = 0; i < yields; i++, std::this_thread::yield())
-      if (epoch.load(std::memory_order_acquire) != now) return;
+      if (!behind()) return;
 #if defined(__linux__)
     sleepers.fetch_add(1, std::memory_order_seq_cst);
-    while (epoch.load(std::memory_order_seq_cst) == now) // a signal, too, ends the call: look again
-      syscall(SYS_futex, &epoch, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+    while (other.load(std::memory_order_seq_cst) - now < 0) // a signal, too, ends the call: look again
+      syscall(SYS_futex, &other, FUTEX_WAIT_PRIVATE, now - 1, nullptr, nullptr, 0);
     sleepers.fetch_sub(1, std::memory_order_relaxed);
 #else
-    while (epoch.load(std::memory_order_acquire) == now) std::this_thread::yield();
+    while (behind()) std::this_thread::yield();
 #endif
+  }
+
+public:
+  explicit Barrier(int size) : lines(size) {}
+  void wait(int id) {
+    const int size = int(lines.size());
+    if (size == 1) return;
+    std::atomic<int> &own = lines[id].epoch;
+    const int now = own.load(std::memory_order_relaxed) + 1;
+    own.store(now, std::memory_order_seq_cst);
+#if defined(__linux__)
+    if (sleepers.load(std::memory_order_seq_cst))
+      syscall(SYS_futex, &own, FUTEX_WAKE_PRIVATE, size, nullptr, nullptr, 0);
+#endif
+    for (int other = 1; other < size; other++) wait_for(lines[(id + other) % size].epoch, now);
   }
 };
 

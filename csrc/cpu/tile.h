@@ -49,12 +49,13 @@ constexpr int accumulators = vector_bytes == 64 ? 24 : vector_bytes == 32 ? 12 :
 constexpr int max_units = 4;
 template <int G> constexpr int max_rows = accumulators / (G < 3 ? (accumulators >= 24 ? 4 : accumulators / 4 + 1) : G);
 
-template <class P> using Tile = void (*)(Real<P> *out,      // [R][U][G][L]
-                                         const P *const *a, // [R] rows, wherever they lie
-                                         ptrdiff_t stride,  // from one sum step to the next within a row
-                                         const P *w,        // [U] panels of [K][G][L], `panel` apart
-                                         ptrdiff_t panel, ptrdiff_t steps, // steps = ceil(K / depth)
-                                         const Real<P> *init);             // [U][G][L], or null for zero
+template <class P>
+using Tile = void (*)(Real<P> *out,                     // [R][U][G][L]
+                      const P *const *a,                // [R] rows, wherever they lie
+                      ptrdiff_t stride,                 // from one sum step to the next within a row
+                      const P *w,                       // [U] panels of [K][G][L], `panel` apart
+                      ptrdiff_t panel, ptrdiff_t steps, // steps = ceil(K / depth)
+                      const Real<P> *init);             // [U][G][L], or null for zero
 
 template <class P, int R, int U, int G>
 __attribute__((noinline)) void tile(Real<P> *out, const P *const *a, ptrdiff_t stride, const P *w, ptrdiff_t panel,
@@ -117,17 +118,23 @@ template <class P, int G> struct Tiles {
     static constexpr auto table = make(std::make_integer_sequence<int, rows * max_units>{});
     return table.f[(r - 1) * max_units + u - 1];
   }
-  // The most vectors of units that tiles over n rows can take.
+  // The most vectors of units that tiles over n rows can take. A single row is bound by the stream of its weights, and
+  // one stream is what a core prefetches best.
   static int units(int64_t n) {
     const int64_t parts = (n + rows - 1) / rows, largest = n < 1 ? 1 : (n + parts - 1) / parts;
+    if (largest == 1 && G > 2) return 1;
     return int(std::clamp<int64_t>(accumulators / (largest * G), 1, max_units));
   }
 
 private:
-  struct Table { Tile<P> f[rows * max_units]; };
+  struct Table {
+    Tile<P> f[rows * max_units];
+  };
   template <int R, int U> static constexpr Tile<P> at() {
-    if constexpr (R * U * G <= accumulators) return tile<P, R, U, G>;
-    else return nullptr;
+    if constexpr (R * U * G <= accumulators)
+      return tile<P, R, U, G>;
+    else
+      return nullptr;
   }
   template <int... N> static constexpr Table make(std::integer_sequence<int, N...>) {
     return {{at<N / max_units + 1, N % max_units + 1>()...}};
@@ -136,9 +143,9 @@ private:
 
 // n rows times the vectors [v0, v1) of a packed matrix: done(row, vector, acc [G][L]) for each.
 template <class P> struct Matrix {
-  const P *panels = nullptr;       // [vectors][K][G][L], `panel` apart
+  const P *panels = nullptr; // [vectors][K][G][L], `panel` apart
   ptrdiff_t panel = 0, steps = 0;
-  const Real<P> *bias = nullptr;   // [vectors][G][L] or null
+  const Real<P> *bias = nullptr; // [vectors][G][L] or null
   // The same rows of weights, from sum step `from` on.
   Matrix part(int G, ptrdiff_t from, ptrdiff_t count) const {
     return {panels + from * G * lanes<P> * Dot<P>::depth, panel, count, bias};
