@@ -74,7 +74,8 @@ def forward_kernel(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, le
     weights = _whole(w_ih), _whole(b_ih), w_hh.contiguous(), _whole(b_hh), _whole(w_hr)
     state = [v.contiguous() for v in state]
     backends.ran(module)
-    return module.forward(cell, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # no derivative is recorded, and what comes out is nobody's view
+        return module.forward(cell, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
 
 
 def backward_kernel(
@@ -87,7 +88,8 @@ def backward_kernel(
     tensors = x.contiguous(), _whole(w_ih), w_hh.contiguous(), _whole(w_hr)
     grads, saved, state = [_whole(g) for g in grads], [v.contiguous() for v in saved], [v.contiguous() for v in state]
     backends.ran(module)
-    return module.backward(cell, grads, *tensors, saved, state, batch_sizes, lengths, reverse, need, gates, norms)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return module.backward(cell, grads, *tensors, saved, state, batch_sizes, lengths, reverse, need, gates, norms)
 
 
 def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
@@ -186,8 +188,7 @@ def direct(tensors) -> bool:
 def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
     """The operator, for a caller who has checked the shapes and wants no derivative."""
     if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state)):
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
+        return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
     with torch._C._AutoDispatchBelowAutograd():  # past the operator's own derivative, which costs more than the call
@@ -200,8 +201,7 @@ def backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, length
     if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state)):
         c = cell_of(cell)
         check_backward(c, grads, *inputs, need)
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward_kernel(c, grads, *inputs, reverse, need, *how)
+        return backward_kernel(c, grads, *inputs, reverse, need, *how)
     if torch.compiler.is_compiling():
         return backward_op(cell, grads, *inputs, reverse, need, *how)
     with torch._C._AutoDispatchBelowAutograd():

@@ -107,8 +107,7 @@ def recurrent(
     S, keep = c.S, 1 if every_state else 0
     if op.direct((*tensors, batch_sizes, lengths, *state)):
         if not _requires_grad((*tensors, *state, probe)):
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend)
+            out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend)
             return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
         function = True
     else:
