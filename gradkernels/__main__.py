@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -20,9 +20,8 @@ def bench(arguments: list[str]) -> int:
         print("The benchmarks are in the source repository, in bench/: run this from a checkout.", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
-    sys.argv = ["python -m gradkernels bench", *arguments]
-    runpy.run_module("bench.run", run_name="__main__", alter_sys=True)
-    return 0
+    sys.argv[0] = "python -m gradkernels bench"  # what its usage line begins with
+    return importlib.import_module("bench.run").main(arguments)
 
 
 def doctor(args: argparse.Namespace) -> int:
