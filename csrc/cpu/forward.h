@@ -11,6 +11,7 @@ template <class Cell, class T, class P> class Forward {
   using V = Vec<F>;
   static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
   static constexpr int64_t chunk = 64; // tokens projected at a time
+  static constexpr int64_t few = 4;    // tokens for which weights are not worth packing
 
   const ForwardArgs &q;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R);
@@ -18,6 +19,7 @@ template <class Cell, class T, class P> class Forward {
   const int64_t h_stride = row_stride<P>(std::max(NV, RV) * L);
   Arena &arena = Arena::of_this_thread();
   Team team;
+  const bool packs = q.T * q.B > few;
   Packed<P> w_ih, w_first, w_second, w_hr;
   F *state;       // [S, B, width], each thread its own
   P *h[2];        // [B, h_stride] what enters a step, what leaves it
@@ -41,6 +43,7 @@ template <class Cell, class T, class P> class Forward {
   F *state_at(int k, int64_t b, int64_t v) const { return state + (k * q.B + b) * width + v * L; }
 
   void pack(int id) {
+    if (!packs) return;
     const int n = team.size;
     const auto share = [&](int64_t all, auto f) { f(all * id / n, all * (id + 1) / n); };
     share(NV, [&](int64_t lo, int64_t hi) {
@@ -52,6 +55,16 @@ template <class Cell, class T, class P> class Forward {
       share(RV, [&](int64_t lo, int64_t hi) {
         pack_gates(at(q.w_hr), w_hr.panels, w_hr.matrix.panel, 1, q.R, q.H, lo, hi);
       });
+  }
+
+  // Rows times the weights [gates * units, K] of the vectors [v0, v1) of units.
+  template <int N, class Row, class Done>
+  void multiply(int64_t n, int64_t v0, int64_t v1, const Packed<P> &to, const T *w, int64_t units, int64_t K, Row row,
+                Done done) const {
+    if (packs)
+      product<N>(n, v0, v1, to.matrix, row, depth, done);
+    else
+      product_unpacked<N, P>(n, v0, v1, w, units, K, to.matrix.bias, row, done);
   }
 
   void enter(const Part &p) {
@@ -94,8 +107,8 @@ template <class Cell, class T, class P> class Forward {
         own.rows[n] = to;
       }
     own.vectors = p.v1 - p.v0;
-    product<G>(
-        n, p.v0, p.v1, w_ih.matrix, [&](int64_t k) { return own.rows[k]; }, depth,
+    multiply<G>(
+        n, p.v0, p.v1, w_ih, at(q.w_ih), q.H, q.I, [&](int64_t k) { return own.rows[k]; },
         [&](int64_t k, int64_t v, const F *acc) {
           F *const to = own.gates + (k * own.vectors + v - p.v0) * G * L;
           for (int g = 0; g < G; g++) V::load(acc + g * L).store(to + g * L);
@@ -138,34 +151,36 @@ template <class Cell, class T, class P> class Forward {
   void step(const Part &p, int64_t i) {
     const int64_t n = p.within(q.rows_at(i)) - p.b0;
     const auto row_of = [&](const P *base) { return [=](int64_t k) { return base + (p.b0 + k) * h_stride; }; };
-    product<G - Q>(n, p.v0, p.v1, w_first.matrix, row_of(h[i % 2]), depth, [&](int64_t k, int64_t v, const F *acc) {
-      Unit u;
-      gather(p, i, k, v, u);
-      for (int g = 0; g < G - Q; g++) u.r[g] = V::load(acc + g * L);
-      if constexpr (Q > 0) {
-        F *const keep = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
-        for (int g = 0; g < G - Q; g++) u.r[g].store(keep + g * L);
-        V operand;
-        Cell::operand(u.x, u.r, u.s, operand);
-        store(between + (p.b0 + k) * h_stride + v * L, operand);
-      } else
-        finish(p, i, k, v, u);
-    });
+    multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]),
+                    [&](int64_t k, int64_t v, const F *acc) {
+                      Unit u;
+                      gather(p, i, k, v, u);
+                      for (int g = 0; g < G - Q; g++) u.r[g] = V::load(acc + g * L);
+                      if constexpr (Q > 0) {
+                        F *const keep = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
+                        for (int g = 0; g < G - Q; g++) u.r[g].store(keep + g * L);
+                        V operand;
+                        Cell::operand(u.x, u.r, u.s, operand);
+                        store(between + (p.b0 + k) * h_stride + v * L, operand);
+                      } else
+                        finish(p, i, k, v, u);
+                    });
     if constexpr (Q > 0) {
       p.meet();
-      product<Q>(n, p.v0, p.v1, w_second.matrix, row_of(between), depth, [&](int64_t k, int64_t v, const F *acc) {
-        Unit u;
-        gather(p, i, k, v, u);
-        const F *const kept = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
-        for (int g = 0; g < G - Q; g++) u.r[g] = V::load(kept + g * L);
-        for (int g = 0; g < Q; g++) u.r[G - Q + g] = V::load(acc + g * L);
-        finish(p, i, k, v, u);
-      });
+      multiply<Q>(n, p.v0, p.v1, w_second, at(q.w_hh) + (G - Q) * q.H * q.R, q.H, q.R, row_of(between),
+                  [&](int64_t k, int64_t v, const F *acc) {
+                    Unit u;
+                    gather(p, i, k, v, u);
+                    const F *const kept = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
+                    for (int g = 0; g < G - Q; g++) u.r[g] = V::load(kept + g * L);
+                    for (int g = 0; g < Q; g++) u.r[G - Q + g] = V::load(acc + g * L);
+                    finish(p, i, k, v, u);
+                  });
     }
     if (q.w_hr) {
       p.meet();
-      product<1>(n, p.r0, p.r1, w_hr.matrix, row_of(between), depth,
-                 [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
+      multiply<1>(n, p.r0, p.r1, w_hr, at(q.w_hr), q.R, q.H, row_of(between),
+                  [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
     }
     projected[p.id].at += n;
     p.meet();
@@ -179,17 +194,20 @@ template <class Cell, class T, class P> class Forward {
 public:
   explicit Forward(const ForwardArgs &args) : q(args), team(args, grid_of(args)) {
     arena.reset();
+    const auto room = [&](int64_t columns, int gates, int64_t K) {
+      return packs ? take_panels<P>(arena, columns, gates, K) : Packed<P>{};
+    };
     if (q.w_ih) {
-      w_ih = take_panels<P>(arena, q.H, G, q.I);
+      w_ih = room(q.H, G, q.I);
       w_ih.matrix.bias = pack_bias(arena, at(q.b_ih), G, q.H);
     }
-    w_first = take_panels<P>(arena, q.H, G - Q, q.R);
+    w_first = room(q.H, G - Q, q.R);
     w_first.matrix.bias = pack_bias(arena, at(q.b_hh), G - Q, q.H);
     if (Q) {
-      w_second = take_panels<P>(arena, q.H, Q, q.R);
+      w_second = room(q.H, Q, q.R);
       w_second.matrix.bias = pack_bias(arena, q.b_hh ? at(q.b_hh) + (G - Q) * q.H : nullptr, Q, q.H);
     }
-    if (q.w_hr) w_hr = take_panels<P>(arena, q.R, 1, q.H);
+    if (q.w_hr) w_hr = room(q.R, 1, q.H);
     state = arena.zeros<F>(S * q.B * width);
     for (P *&to : h) to = arena.zeros<P>(q.B * h_stride);
     between = Q || q.w_hr ? arena.zeros<P>(q.B * h_stride) : nullptr;

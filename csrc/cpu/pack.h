@@ -167,6 +167,44 @@ void pack_rows(Row row, P *out, int64_t panel, int64_t K, int64_t columns, int64
   }
 }
 
+// n rows times weights [G * H, K] as they are, for so few rows that packing costs more than the product: a dot product
+// for every gate of every unit, done(row, vector, acc [G][L]) as for packed ones.
+template <int G, class P, class T, class Row, class Done>
+void product_unpacked(int64_t n, int64_t v0, int64_t v1, const T *w, int64_t H, int64_t K, const Real<P> *bias, Row row,
+                      Done done) {
+  using D = Dot<P>;
+  using V = Vec<Real<P>>;
+  constexpr int L = V::size;
+  const auto words = [K](const auto *p, int64_t k) {
+    if constexpr (D::depth == 1)
+      return row_words<P>(p, k, K);
+    else
+      return (typename D::W)row_words<P>(p, k, K).v;
+  };
+  alignas(64) Real<P> out[G * L];
+  for (int64_t v = v0; v < v1; v++)
+    for (int64_t r = 0; r < n; r++) {
+      const P *const a = row(r);
+      for (int g = 0; g < G; g++) {
+        V acc[L];
+        const T *unit[L];
+        for (int j = 0; j < L; j++) {
+          acc[j] = 0;
+          unit[j] = w + (g * H + std::min(v * L + j, H - 1)) * K;
+        }
+        for (int64_t k = 0; k < sum_steps<P>(K); k += L) {
+          const auto x = words(a, k);
+          for (int j = 0; j < L; j++) acc[j] = D::add(acc[j], x, words(unit[j], k));
+        }
+        transpose(acc);
+        for (int gap = L / 2; gap; gap /= 2)
+          for (int j = 0; j < gap; j++) acc[j] += acc[j + gap];
+        (bias ? acc[0] + V::load(bias + (v * G + g) * L) : acc[0]).store(out + g * L);
+      }
+      done(r, v, out);
+    }
+}
+
 // Bias [G, H] -> [NV][G][L], zero where there is none.
 template <class T> Real<T> *pack_bias(Arena &arena, const T *b, int G, int64_t H) {
   constexpr int L = lanes<T>;
