@@ -17,8 +17,8 @@ TITLES = {
     "lstm": "LSTM",
     "gru": "GRU",
     "rnn_tanh": "RNN",
-    "gru_reset_before": "GRU, reset before",
-    "rnn_sigmoid": "RNN, sigmoid",
+    "gru_reset_before": "original GRU",
+    "rnn_sigmoid": "sigmoid RNN",
 }
 
 

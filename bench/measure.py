@@ -40,20 +40,30 @@ class Spread:
         return Spread(median, min(samples), q1, q3, len(samples))
 
 
-def waited() -> int | None:
-    """Nanoseconds that the threads of this process have spent runnable without a core; None where the system doesn't tell."""
+def waited() -> dict[str, int] | None:
+    """Nanoseconds that each thread of this process has been runnable without a core; None where the system doesn't tell."""
     try:
         threads = os.listdir("/proc/self/task")
     except FileNotFoundError:
         return None
-    total = 0
+    found = {}
     for thread in threads:
         try:
             with open(f"/proc/self/task/{thread}/schedstat") as f:
-                total += int(f.read().split()[1])
+                found[thread] = int(f.read().split()[1])
         except (FileNotFoundError, ProcessLookupError):  # the thread has ended since
             continue
-    return total
+    return found
+
+
+def wait_share(before: dict[str, int] | None, after: dict[str, int] | None, seconds: float) -> float:
+    """What the threads waited between the two, over the wall time; 0 where the system doesn't tell.
+
+    No thread waits longer than the wall time, whatever the kernel of a virtual machine says when its clock jumps.
+    """
+    if before is None or after is None:
+        return 0.0
+    return sum(min(max(ns - before.get(thread, 0), 0) / 1e9 / seconds, 1.0) for thread, ns in after.items())
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -122,7 +132,7 @@ def interleaved(
                         call()
                     row[k].append((clock() - a) * 1e3 / plan.calls)
             after = wait()
-            if before is not None and after is not None and after - before > share * 1e9 * (clock() - begin):
+            if wait_share(before, after, clock() - begin) > share:
                 dropped += 1
                 continue
             counted += 1

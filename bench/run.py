@@ -77,9 +77,8 @@ def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict
             fill(row, apart.processes(case, o.threads, o.budget, 1 if o.quick else 2))
         else:
             providers = {key: build(case, key) for key in case.providers}
-            spreads, row["rounds"], row["dropped"] = interleaved(
-                [p.run for p in providers.values()], o.budget, o.repeat
-            )
+            calls = [p.run for p in providers.values()]
+            spreads, row["rounds"], row["dropped"] = interleaved(calls, o.budget, o.repeat, o.wait)
             fill(row, dict(zip(providers, spreads)))
             row["algorithm"] = providers[row["peer"]].algorithm()
             providers[row["subject"]].run()

@@ -215,11 +215,11 @@ def view(out: TextIO) -> Plain | Live:
     return Live(out) if out.isatty() and importlib.util.find_spec("rich") else Plain(out)
 
 
-def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, plot: str | None = None) -> str:
+def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pictures: Sequence[str] = ()) -> str:
     """The whole report as a page. reasons: why a row is short, by its name; a short row without one is said to have none."""
     out = [f"# {report['suite'].capitalize()} layers on {report['machine']['cpu']}", ""]
-    if plot:
-        out += [f"![ratios of every row]({plot})", ""]
+    for picture in pictures:
+        out += [f"![ratios of every row]({picture})", ""]
     out += [*(f"* {line}" for line in [*head(report), *foot(report)]), "", READING, ""]
     for group, members in groupby(report["rows"], key=lambda r: r["group"]):
         rows = list(members)
