@@ -37,7 +37,7 @@ def fold_steps(batch_sizes, lengths, N):
 
 def each(N, dims, args, call):
     """One call per element: where weights differ there is nothing to share."""
-    outs = [call(*[v if d is None else v.select(d, k) for v, d in zip(args, dims)]) for k in range(N)]
+    outs = [call(*[v.select(d, k) if type(d) is int else v for v, d in zip(args, dims)]) for k in range(N)]
     return tuple(torch.stack(v) for v in zip(*outs)), (0,) * len(outs[0])
 
 

@@ -124,12 +124,15 @@ def check_forward(
                 )
             if B is None:  # packed: the first state says how many rows there are
                 B = v.shape[0]
-    for v in (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ())):
+    check_together(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ()))
+
+
+def check_together(x: Tensor, *others: Tensor | None) -> None:
+    """One dtype and one device: x, the five weights, the states."""
+    dtype, device = x.dtype, x.device
+    for k, v in enumerate(others):
         if v is not None and (v.dtype is not dtype or v.device != device):
-            names = zip(
-                (*WEIGHTS, "state[0]", "state[1]"), (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ()))
-            )
-            _mixed(next((name for name, u in names if u is v), "state"), v, x)
+            _mixed(WEIGHTS[k] if k < 5 else f"state[{k - 5}]", v, x)
 
 
 def _mixed(name: str, v: Tensor, x: Tensor) -> NoReturn:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from gradkernels import backends
 from gradkernels.cells import CELLS, Cell
-from gradkernels.ops._recurrent_checks import check_backward, check_batch_sizes, check_forward, check_lengths
+from gradkernels.ops._recurrent_checks import (
+    check_backward,
+    check_batch_sizes,
+    check_forward,
+    check_lengths,
+    check_together,
+)
 
 lib = torch.library.Library("gradkernels", "DEF")
 lib.define(
@@ -117,6 +123,7 @@ def _backward_op(
 
 
 def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
+    check_together(x, w_ih, b_ih, w_hh, b_hh, w_hr, *state)  # a mixture of devices may end up here
     c, lead = cell_of(cell), x.shape[:-1]
     H, N = w_hh.shape[0] // c.G, math.prod(lead)  # Size.numel() would fix dynamic sizes
     seq = [x.new_empty(*lead, v.shape[-1]) for v in state]
@@ -127,6 +134,7 @@ def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, len
 def _backward_fake(
     cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
 ):
+    check_together(x, w_ih, None, w_hh, None, w_hr, *state)
     c, lead, wide = cell_of(cell), x.shape[:-1], w_hh.shape[0]
     if gates:
         widths = [wide, *([wide] if c.split else []), *([wide // c.G] if c.second else [])]

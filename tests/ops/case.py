@@ -106,6 +106,14 @@ class Case:
         """Where packed rows are in a padded batch, [N] of T*B."""
         return (torch.arange(self.T).unsqueeze(1) < self.lengths).flatten().nonzero().squeeze(1)
 
+    @property
+    def names(self):
+        """Of the tensors of this case, in order."""
+        no = {k for k in NAMES if self.gates and k.endswith("_ih") or not self.bias and k.startswith("bias")}
+        no |= set() if self.R else {"weight_hr"}
+        states = ["state[0]", "state[1]"] if self.cell == "lstm" else ["state[0]"]
+        return [k for k in (*NAMES, *states) if k not in no]
+
     def tensors(self, dtype=torch.double, requires_grad=True, seed=0):
         """x, weights and states by name; those that the case has not are missing."""
         G, R, generator = GATES[self.cell], self.R or self.H, torch.Generator().manual_seed(seed)
@@ -129,11 +137,12 @@ class Case:
         out["state[0]"] = new(self.B, R)
         if self.cell == "lstm":
             out["state[1]"] = new(self.B, self.H)
+        assert list(out) == self.names
         return out
 
     def call(self, backend, **options):
         """A function of the tensors of `tensors()`, by position -> (*state sequences, *final states)."""
-        names, kwargs = list(self.tensors(requires_grad=False)), {"cell": self.cell, "reverse": self.reverse, **options}
+        names, kwargs = self.names, {"cell": self.cell, "reverse": self.reverse, **options}
         if self.layout == "packed":
             kwargs["batch_sizes"] = self.batch_sizes
         if self.layout == "lengths":
@@ -150,7 +159,7 @@ class Case:
 
     def loop(self):
         """The same function, written out."""
-        names, N = list(self.tensors(requires_grad=False)), self.T * self.B
+        names, N = self.names, self.T * self.B
 
         def f(*values):
             given = dict(zip(names, values))

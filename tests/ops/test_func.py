@@ -63,8 +63,7 @@ def test_per_sample_gradients_of_every_parameter(case, backend):
 @every
 def test_vmap_over_states_alone(case, backend):
     t, n, _, _ = setup(case)
-    names = list(case.tensors(requires_grad=False))
-    dims = tuple(0 if k.startswith("state") else None for k in names)
+    dims = tuple(0 if k.startswith("state") else None for k in case.names)
     values = [torch.stack([v, v + 1]) if d == 0 else v for v, d in zip(t, dims)]
     same(case, backend, lambda f: vmap(grad(loss(f), n), dims), *values)
 
@@ -102,7 +101,7 @@ ORDERS |= {"reverse over forward": (jacrev, jacfwd), "forward over forward": (ja
 def test_hessian(case, order, backend):
     outer, inner = ORDERS[order]
     t, *_ = setup(case)
-    weight = list(case.tensors(requires_grad=False)).index("weight_hh")
+    weight = case.names.index("weight_hh")
     want = hessian(loss(case.loop()), (0, weight))(*t)
     got = outer(inner(loss(case.call(backend)), (0, weight)), (0, weight))(*t)
     assert_close_to_truth(got, want, want, name=order)
