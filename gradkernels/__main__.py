@@ -10,6 +10,9 @@ from pathlib import Path
 
 import gradkernels as gk
 from gradkernels import demo
+from gradkernels.backends import backends as table
+from gradkernels.doctor import as_dict
+from gradkernels.doctor import doctor as diagnosis
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,12 +28,12 @@ def bench(arguments: list[str]) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    print(json.dumps(gk.doctor.as_dict(), indent=2) if args.json else gk.doctor())
+    print(json.dumps(as_dict(), indent=2) if args.json else diagnosis())
     return 0
 
 
 def backends(args: argparse.Namespace) -> int:
-    found = gk.backends()
+    found = table()
     if args.json:
         print(json.dumps(found, indent=2))
     else:

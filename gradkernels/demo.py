@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.length} characters a step, {torch.get_num_threads()} threads, torch {torch.__version__}.",
         file=out,
     )
-    missing = gk.backends()["cpu"]
+    missing = backends.backends()["cpu"]
     if missing and args.backend is None:
         print(f"The compiled backend cannot run, so the slow reference does: {missing}", file=out)
     found = measure(args, Progress(NAMES, args.steps or MOST_STEPS, out))

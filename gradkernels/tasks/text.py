@@ -90,7 +90,8 @@ def characters(batch: int = 32, length: int = 128, seed: int = 0) -> Characters:
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
-    train, validation = [], []
+    train: list[Tensor] = []
+    validation: list[Tensor] = []
     for path in source_files():
         codes = encode(path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n"))
         (train if zlib.crc32(path.name.encode()) % _HELD_OUT else validation).append(codes)
