@@ -33,7 +33,7 @@ class RNNBase(nn.RNNBase):
     unlisted: cells.Cell | None = None  # the cell, when no name leads to it
 
     def __init__(self, mode: str | cells.Cell, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        cell = cells.get(NAMES.get(mode, mode))
+        cell = cells.get(NAMES.get(mode, mode) if isinstance(mode, str) else mode)
         gates = cell.G
         super().__init__(STAND_INS.get(gates, "RNN_TANH"), *args, **kwargs)
         del self._flat_weight_refs
@@ -95,9 +95,9 @@ class RNNBase(nn.RNNBase):
             found = [held[name] for name in names]
         except KeyError:  # parametrizations, pruning and wrappers keep some as attributes; slower
             found = [getattr(self, name) for name in names]
-        if not self.bias:
+        if len(found) < 4:
             found[2:2] = [None, None]
-        if not self.proj_size:
+        if len(found) < 5:
             found.append(None)
         return found
 
@@ -174,16 +174,18 @@ class RNNBase(nn.RNNBase):
             elif self.batch_first:
                 x = x.transpose(0, 1)
             if states is not None:
-                if any(h.dim() != rank for h in states):
-                    raise self._wrong_hidden_rank(states, batched)
+                for h in states:
+                    if h.dim() != rank:
+                        raise self._wrong_hidden_rank(states, batched)
                 if not batched:
-                    states = tuple(h.unsqueeze(1) for h in states)
+                    states = tuple([h.unsqueeze(1) for h in states])
             self._check(x, first[0], 3, None)
+            shape = x.shape
             if states is not None:
-                self._check_states(states, x.shape[1], x)
-            if x.shape[0] == 0:
+                self._check_states(states, shape[1], x)
+            if shape[0] == 0:
                 raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        x, final = self._run(cell, x, first, states, zeros, batch_sizes, lengths)
+        x, final = self._run(x, states, zeros, cell, batch_sizes, lengths, first=first)
         if batch_sizes is not None:
             x = PackedSequence(x, batch_sizes, order, back)
             if back is not None:
@@ -200,41 +202,42 @@ class RNNBase(nn.RNNBase):
         if x.device != weight.device:
             raise _apart(x.device, "parameter", weight.device)
 
-    def _run(self, cell, x, weights, states, zeros, batch_sizes, lengths):
-        """All layers and directions. x [T, B, I] or packed [N, I] -> outputs of the last layer, final states [layers * directions, B, R]."""
-        backend, probes = self.backend, self.probes
-        directions = 2 if self.bidirectional else 1
+    def _one(self, k, x, state, cell, batch_sizes, lengths, weights=None, reverse=False):
+        """Layer and direction k: outputs, final states."""
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights or self._weights(k)
+        probes = self.probes
+        return recurrent(
+            x,
+            w_hh,
+            state,
+            weight_ih=w_ih,
+            bias_ih=b_ih,
+            bias_hh=b_hh,
+            weight_hr=w_hr,
+            cell=cell,
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+            reverse=reverse,
+            probe=None if probes is None else probes[k],
+            backend=self.backend,
+        )
+
+    def _run(self, x, states, zeros, *call, first):
+        """All of them. x [T, B, I] or packed [N, I] -> outputs of the last layer, final states [layers * directions, B, R]."""
+        total = len(self._all_weights)
         # unbind and not select: the gradient is put together once, and not once per layer
-        given = None if states is None else list(zip(*[h.unbind(0) for h in states]))
-        last, k = [], 0
-        for layer in range(self.num_layers):
-            if layer and self.dropout:
+        given = [zeros] * total if states is None else list(zip(*[h.unbind(0) for h in states]))
+        if total == 1:
+            y, final = self._one(0, x, given[0], *call, first)
+            return y, tuple([h.unsqueeze(0) for h in final])
+        last, directions = [], 2 if self.bidirectional else 1
+        for k in range(0, total, directions):
+            if k and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            outs = []
-            for reverse in (False, True)[:directions]:
-                w_ih, w_hh, b_ih, b_hh, w_hr = weights if k == 0 else self._weights(k)
-                y, final = recurrent(
-                    x,
-                    w_hh,
-                    zeros if given is None else given[k],
-                    weight_ih=w_ih,
-                    bias_ih=b_ih,
-                    bias_hh=b_hh,
-                    weight_hr=w_hr,
-                    cell=cell,
-                    lengths=lengths,
-                    batch_sizes=batch_sizes,
-                    reverse=reverse,
-                    probe=None if probes is None else probes[k],
-                    backend=backend,
-                )
-                outs.append(y)
-                last.append(final)
-                k += 1
-            x = outs[0] if directions == 1 else torch.cat(outs, -1)
-        if k == 1:
-            return x, tuple(h.unsqueeze(0) for h in last[0])
-        return x, tuple(torch.stack(h) for h in zip(*last))
+            outs = [self._one(j, x, given[j], *call, None if j else first, j > k) for j in range(k, k + directions)]
+            last += [final for _, final in outs]
+            x = outs[0][0] if directions == 1 else torch.cat([y for y, _ in outs], -1)
+        return x, tuple([torch.stack(h) for h in zip(*last)])
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", backend={self.backend}" if self.backend else "")
