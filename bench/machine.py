@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.measure import wait_share, waited
+
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = [(1024, 1024, 1024), (2048, 2048, 1024), (4096, 1024, 256), (4096, 1024, 1024)]  # m, n, k
 FLAGS = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "amx": ("amx_tile",), "avx512": ("avx512f",), "avx2": ("avx2",)}
@@ -130,14 +132,19 @@ def copy_rate(seconds: float, mebibytes: int = 256) -> dict[str, Any]:
 
 
 def limits(seconds: float = 6.0) -> dict[str, Any]:
-    """The best this machine does: float32 and bfloat16 products, and copying."""
-    return {
+    """The best this machine does: float32 and bfloat16 products, and copying; and how far other work was in the way."""
+    before, begin = waited(), time.perf_counter()
+    found = {
         "float32": matmul_rate(torch.float32, seconds / 3),
         "bfloat16": matmul_rate(torch.bfloat16, seconds / 3),
         "copy": copy_rate(seconds / 3),
     }
+    return {**found, "waited": wait_share(before, waited(), time.perf_counter() - begin)}
 
 
 def better(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Of two measurements of the limits, the higher of each: a limit is what the machine can do, not what it did at some moment."""
-    return {k: max(one[k], other[k], key=lambda found: found.get("gflops", found.get("gbs"))) for k in one}
+    found = {
+        k: max(one[k], other[k], key=lambda limit: limit.get("gflops", limit.get("gbs"))) for k in one if k != "waited"
+    }
+    return {**found, "waited": max(one["waited"], other["waited"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WAIT = 0.02  # share of a round's wall time that threads may spend runnable without a core
+LEAD = 5e-3  # seconds of untimed calls, one at least: for so long OpenMP threads of the provider before may still spin
 BLOCK = 0.02  # seconds that the timed calls of one provider in one round fill, where calls are short
 TICK = 2.5e-4  # shortest thing timed, in seconds: shorter calls are timed several together
 PATIENCE = 8  # a busy machine may make a case take this many times its budget
@@ -72,8 +74,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one provider's calls are timed in a round: one call untimed, then `samples` times `calls` calls."""
+    """How one provider's calls are timed in a round: `lead` calls untimed, then `samples` times `calls` calls."""
 
+    lead: int
     calls: int
     samples: int
 
@@ -81,7 +84,7 @@ class Plan:
     def of(seconds: float) -> Plan:
         calls = max(1, round(TICK / seconds))
         fit = int(BLOCK / (seconds * calls))
-        return Plan(calls, 1 if seconds > 0.1 else max(3, min(20, fit)))
+        return Plan(max(1, math.ceil(LEAD / seconds)), calls, 1 if seconds > 0.1 else max(3, min(20, fit)))
 
 
 def warm(call: Callable[[], object], seconds: float) -> float:
@@ -104,8 +107,8 @@ def interleaved(
 ) -> tuple[list[Spread], int, int]:
     """Milliseconds per call of each, rounds counted, rounds dropped.
 
-    A round runs every provider in turn, beginning with another one each time. The first call is not timed: it pays for what the
-    provider before did to caches and allocator. A round in which threads waited for a core more than `share` of its time is dropped.
+    A round runs every provider in turn, beginning with another one each time. The first calls are not timed: they pay for what
+    the provider before did to caches, allocator and cores. A round in which threads waited for a core more than `share` of its time is dropped.
     Rounds go on for `budget` seconds, at least `least` of them; on a busy machine for up to eight times that.
     Disturbed if not one round was left.
     """
@@ -125,7 +128,8 @@ def interleaved(
             for k in range(len(calls)):
                 k = (k + counted + dropped) % len(calls)
                 call, plan = calls[k], plans[k]
-                call()
+                for _ in range(plan.lead):
+                    call()
                 for _ in range(plan.samples):
                     a = clock()
                     for _ in range(plan.calls):

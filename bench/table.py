@@ -88,11 +88,12 @@ def head(report: dict[str, Any]) -> list[str]:
     machine = f"{m['cpu']}{family}, {m['cores']} cores, {m['threads']} threads, {m['capability']}; {m['system']}"
     libraries = f"torch {v['torch']}, MKL {v['mkl']}, oneDNN {v['onednn']}, Python {v['python']}"
     fp32 = f"fp32 products {number(limits['float32']['gflops'])} GFLOP/s ({rest})"
+    busy = f" (busy machine: threads waited {limits['waited']:.0%} of that time)" if limits["waited"] > 0.05 else ""
     bf16 = f"bf16 {number(limits['bfloat16']['gflops'])} GFLOP/s ({limits['bfloat16']['by']})"
     return [
         machine,
         f"gradkernels {v['gradkernels']} at {commit}; {libraries}; {m['date']}",
-        f"limits of this run: {fp32}, {bf16}, copy {number(limits['copy']['gbs'])} GB/s",
+        f"limits of this run: {fp32}, {bf16}, copy {number(limits['copy']['gbs'])} GB/s{busy}",
     ]
 
 

@@ -76,7 +76,8 @@ def test_medians_in_milliseconds_per_call(world):
 def test_short_calls_are_timed_together(world):
     (s,), _, _ = run(world, world.call("tiny", 1e-5), budget=0.1)
     assert s.median == pytest.approx(0.01)
-    assert Plan.of(1e-5).calls == 25 and Plan.of(0.001).calls == 1
+    assert Plan.of(1e-5).lead == 500 and Plan.of(1e-5).calls == 25 and Plan.of(0.01).lead == 1
+    assert Plan.of(0.001).calls == 1
     assert Plan.of(0.5).samples == 1 and Plan.of(0.05).samples == 3 and Plan.of(0.001).samples == 20
 
 

@@ -20,6 +20,7 @@ def tiny(case):
 TINY = list({tiny(c): None for c in recurrent() if c.kind == "time"})
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("case", TINY, ids=lambda c: f"{c.providers[0]} {c.name}")
 def test_everybody_agrees(case):
     worst = agree(case)
@@ -139,7 +140,10 @@ def test_limits_name_the_way_that_was_fastest():
         rates = found[dtype]["all"]
         assert found[dtype]["gflops"] == rates[found[dtype]["by"]] == max(rates.values()) > 0
     assert found["copy"]["gbs"] > 0
-    twice = {k: {**v, **{rate: v[rate] * 2 for rate in ("gflops", "gbs") if rate in v}} for k, v in found.items()}
+    assert found["waited"] >= 0
+    twice = {"waited": 1e9}
+    for k in ("float32", "bfloat16", "copy"):
+        twice[k] = {**found[k], **{rate: found[k][rate] * 2 for rate in ("gflops", "gbs") if rate in found[k]}}
     assert machine.better(found, twice) == machine.better(twice, found) == twice
 
 

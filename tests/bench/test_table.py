@@ -57,6 +57,12 @@ def test_the_machine_and_the_limits_are_named(report):
     assert "GRU fp32, geometric mean of 10 rows: 2.00x, 3.0x asked: short" in text
 
 
+def test_a_busy_machine_is_told(report):
+    assert "busy machine" not in plain(report)
+    report["limits"] = {**report["limits"], "waited": 0.3}
+    assert "(busy machine: threads waited 30% of that time)" in plain(report)
+
+
 def test_dropped_rounds_are_counted_in_the_row(report):
     (line,) = [x for x in plain(report).splitlines() if x.startswith("lstm 128,1,256 inference ")]
     assert " 9 -1 " in line
