@@ -39,7 +39,9 @@ def build() -> ModuleType:
     raise ImportError("the C++ kernels are not built; install a C++17 compiler, then `pip install .` again")
 
 
-def why_not(cell: Cell | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None) -> str | None:
+def why_not(
+    cell: Cell | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> str | None:
     """The reason why this backend cannot run that, or None."""
     if device is not None and device.type != "cpu":
         return f"it runs on the CPU, not on {device}"
