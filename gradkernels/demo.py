@@ -34,11 +34,11 @@ from gradkernels.tasks.trainer import evaluate
 
 FACTOR = 32
 FLOOR = 32
-TURN = 10  # steps that one trainer takes before the next one does
+TURN = 5  # steps that one trainer takes before the next one does
 MOST_STEPS, SECONDS = 200, 60  # unless --steps says otherwise: as many as fit the seconds, all three together
 NAMES = ("torch", "gradkernels", "torch, rows reversed")
 MEMORY_STEPS = 3
-VALIDATION_BATCHES = 8
+VALIDATION_BATCHES = 4
 
 
 def positive(text: str) -> int:
