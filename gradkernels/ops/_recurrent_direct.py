@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -26,14 +27,17 @@ class Direct(Function):
     """An operator of lists as a function of what is in them."""
 
     @staticmethod
-    def forward(ctx, call, derivative, spec, *flat):
+    def forward(call, derivative, spec, *flat):
         with torch._C._AutoDispatchBelowAutograd():
-            out = tuple(call(*tree_unflatten(list(flat), spec)))
+            return tuple(call(*tree_unflatten(list(flat), spec)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, derivative, spec, *flat = inputs
         is_tensor = [isinstance(v, Tensor) for v in flat]
         ctx.spec = derivative, spec, [None if t else v for v, t in zip(flat, is_tensor)], is_tensor
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*compress(flat, is_tensor), *out)
-        return out
+        ctx.save_for_backward(*compress(flat, is_tensor), *output)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -41,6 +45,17 @@ class Direct(Function):
         kept = iter(ctx.saved_tensors)
         flat = [next(kept) if t else v for v, t in zip(flat, is_tensor)]
         return None, None, None, *derivative(flat, spec, list(kept), grads, ctx.needs_input_grad[3:])
+
+
+def record(*args):
+    """Direct.apply; where a torch.func transform has come down to autograd, as a Function of that level alone."""
+    if not torch._C._are_functorch_transforms_active():
+        return apply_below(*args)
+    with enable_single_level_autograd_function():
+        return apply_below(*args)
+
+
+apply_below = super(Function, Direct).apply  # Function.apply would enter the transform again
 
 
 def through_reference(run, flat, spec, grads, needs):
@@ -93,7 +108,7 @@ def differentiable(call, derivative):
         tensors = [v for v in flat if isinstance(v, Tensor)]
         moving = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors)
         if moving or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
-            return list(Direct.apply(call, derivative, spec, *flat))
+            return list(record(call, derivative, spec, *flat))
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
