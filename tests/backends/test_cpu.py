@@ -245,7 +245,7 @@ def test_signals_during_a_call():
     before = signal.signal(signal.SIGALRM, lambda *a: seen.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
     try:
-        good = all([same(run(), want) for _ in range(30)])
+        good = sum(same(run(), want) for _ in range(30)) == 30
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -269,6 +269,7 @@ def test_every_build(capability, build):
         pytest.skip(f"this machine has no {build}, and running it would be an illegal instruction")
     done = subprocess.run(
         [sys.executable, "-c", ALL_BUILDS],
+        check=False,
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
         capture_output=True,
         text=True,
