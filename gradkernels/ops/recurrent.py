@@ -137,6 +137,8 @@ def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
                 msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
             )
             return True
+        if torch.compiler.is_exporting():  # the operator with a derivative of its own; a Function would be kept as no_grad
+            return False
         return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     if torch._C._are_functorch_transforms_active():
         return True
