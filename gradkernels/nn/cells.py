@@ -100,7 +100,7 @@ class LSTMCell(RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype, backend=backend)
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, ...]:
         if hx is None:
             return self._step("lstm", input, None)
         if input.dim() not in (1, 2):  # torch looks at this first
@@ -148,7 +148,7 @@ class GRUCell(RNNCellBase):
         if not reset_after:
             self.reset_after = False
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return self._one("gru" if self.reset_after else "gru_reset_before", input, hx)
 
     def extra_repr(self) -> str:
@@ -183,7 +183,7 @@ class RNNCell(RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype, backend=backend)
         self.nonlinearity = nonlinearity
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._one(f"rnn_{self.nonlinearity}", input, hx)

@@ -142,9 +142,11 @@ class RNNBase(nn.RNNBase):
                     f"Input and hidden tensors are not the same dtype, found input tensor with {dtype} and hidden tensor with {h.dtype}"
                 )
 
-    def forward(self, input, hx=None, lengths=None):
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None
+    ) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
         cell = self.unlisted or NAMES.get(self.mode, self.mode)
-        S = (self.unlisted or cells.CELLS[cell]).S
+        S = (cells.CELLS[cell] if isinstance(cell, str) else cell).S
         first = self._weights(0)
         states = None if hx is None else self._states(hx, S)
         if isinstance(input, PackedSequence):
@@ -225,11 +227,11 @@ class RNNBase(nn.RNNBase):
     def _run(self, x, states, zeros, *call, first):
         """All of them. x [T, B, I] or packed [N, I] -> outputs of the last layer, final states [layers * directions, B, R]."""
         total = len(self._all_weights)
+        if total == 1:
+            y, final = self._one(0, x, zeros if states is None else [h.squeeze(0) for h in states], *call, first)
+            return y, tuple([h.unsqueeze(0) for h in final])
         # unbind and not select: the gradient is put together once, and not once per layer
         given = [zeros] * total if states is None else list(zip(*[h.unbind(0) for h in states]))
-        if total == 1:
-            y, final = self._one(0, x, given[0], *call, first)
-            return y, tuple([h.unsqueeze(0) for h in final])
         last, directions = [], 2 if self.bidirectional else 1
         for k in range(0, total, directions):
             if k and self.dropout:
