@@ -3,6 +3,7 @@
 // them. Two rings let a thread run one chunk ahead. What forward kept is only read.
 #pragma once
 #include "recurrent.h"
+#include <optional>
 
 namespace gk {
 
@@ -76,7 +77,7 @@ template <class Cell, class T, class P> class Backward {
   Weights dw_ih, dw_hh, dw_hr;
   F *db_x, *db_r;            // [K] each
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
-  std::vector<double> norms; // [threads, T, S]
+  std::vector<double> norms; // [walking threads, T, S]
 
   const T *at(const void *p) const { return static_cast<const T *>(p); }
   T *at(void *p) const { return static_cast<T *>(p); }
@@ -346,13 +347,15 @@ template <class Cell, class T, class P> class Backward {
     for (int64_t n = w.M * id / team.size * w.C; n < n1; n += L) store(w.out + n, load(w.sum + n, n1 - n), n1 - n);
   }
 
-  static Grid grid_of(const BackwardArgs &q) {
-    return choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
-                       G * q.H * q.R * int64_t(sizeof(P)));
+  static Team make_team(const BackwardArgs &q) {
+    const int64_t step = q.B * G * q.H * q.R, after = std::min(chunk, q.T * q.B) * G * q.H * (q.R + 2 * q.I);
+    const Grid grid = choose_grid(worth(q.threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
+                                  G * q.H * q.R * int64_t(sizeof(P)));
+    return Team(q, grid, std::max(grid.rows * grid.units, worth(q.threads, after / 16)));
   }
 
 public:
-  explicit Backward(const BackwardArgs &args) : q(args), team(args, grid_of(args)) {
+  explicit Backward(const BackwardArgs &args) : q(args), team(make_team(args)) {
     arena.reset();
     plan();
     if (q.dx) w_ih = take_panels<P>(arena, q.I, 1, K);
@@ -376,24 +379,27 @@ public:
       pairs.push_back(depth > 1 && weights ? arena.take<P>(sum_steps<P>(room) * row_stride<P>((most + L) * depth))
                                            : nullptr);
     }
-    if (q.norms) norms.resize(team.size * q.T * S);
+    if (q.norms) norms.resize(team.grid.rows * team.grid.units * q.T * S);
   }
 
   void run() {
     run_team(team.size, [&](int id) {
-      const Part p = team.part(id, NV, RV);
+      std::optional<Part> walker;
+      if (team.walks(id)) walker = team.part(id, NV, RV);
       pack(id);
-      enter(p);
+      if (walker) enter(*walker);
       team.all.wait(id);
       for (size_t n = 0; n < chunks.size(); n++) {
         const Chunk &c = chunks[n];
         pack_factors(c, n % 2, id);
-        for (int64_t i = c.hi - 1; i >= c.lo; i--) step(p, i);
+        for (int64_t i = c.hi - 1; walker && i >= c.lo; i--) step(*walker, i);
         team.all.wait(id);
         gradients(c, n % 2, id, n == 0);
       }
-      step(p, -1);
-      leave(p);
+      if (walker) {
+        step(*walker, -1);
+        leave(*walker);
+      }
       for (const Weights *w : {&dw_ih, &dw_hh, &dw_hr}) round(*w, id);
     });
     for (int64_t m = 0; m < K; m += L) {
@@ -404,7 +410,7 @@ public:
       double *const to = q.norms + t * (S + 1);
       for (int k = 0; k < S; k++) {
         to[k] = 0;
-        for (int id = 0; id < team.size; id++) to[k] += norms[(id * q.T + t) * S + k];
+        for (int id = 0; team.walks(id); id++) to[k] += norms[(id * q.T + t) * S + k];
       }
       to[S] = double(q.rows ? q.rows[t] : q.B);
     }

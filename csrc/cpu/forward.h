@@ -186,13 +186,15 @@ template <class Cell, class T, class P> class Forward {
     p.meet();
   }
 
-  static Grid grid_of(const ForwardArgs &q) {
+  static Team make_team(const ForwardArgs &q) {
     const int64_t weights = G * q.H * (q.R + (q.w_ih ? q.I : 0));
-    return choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(q.H), max_rows<G>, weights * sizeof(P));
+    const Grid grid = choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(q.H), max_rows<G>,
+                                  weights * int64_t(sizeof(P)));
+    return Team(q, grid, grid.rows * grid.units);
   }
 
 public:
-  explicit Forward(const ForwardArgs &args) : q(args), team(args, grid_of(args)) {
+  explicit Forward(const ForwardArgs &args) : q(args), team(make_team(args)) {
     arena.reset();
     const auto room = [&](int64_t columns, int gates, int64_t K) {
       return packs ? take_panels<P>(arena, columns, gates, K) : Packed<P>{};

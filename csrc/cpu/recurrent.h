@@ -66,9 +66,9 @@ inline Grid choose_grid(int threads, int64_t B, int64_t NV, int tile_rows, int64
   return g;
 }
 
-// A team is not worth waking for less.
-inline int worth(int threads, int64_t multiply_adds_per_step) {
-  return int(std::clamp<int64_t>(multiply_adds_per_step / 16384, 1, threads));
+// How many threads that much work is for: with less each, one more costs more at the barrier than it saves.
+inline int worth(int threads, int64_t multiply_adds) {
+  return int(std::clamp<int64_t>(multiply_adds / 49152, 1, threads));
 }
 
 // Where each group of rows begins, so that all have about the same number of tokens.
@@ -97,26 +97,29 @@ struct Part {
   int64_t within(int64_t b) const { return std::clamp(b, b0, b1); }
 };
 
+// `size` threads, of which a grid walks the steps; all share what is not bound to one step.
 struct Team {
   int size;
   Grid grid;
   std::vector<int64_t> cut;
   std::deque<Barrier> groups;
   Barrier all;
-  Team(const Sequence &q, Grid g) : size(g.rows * g.units), grid(g), cut(cut_rows(q, g.rows)), all(size) {
+  Team(const Sequence &q, Grid g, int size) : size(size), grid(g), cut(cut_rows(q, g.rows)), all(size) {
     for (int k = 0; k < g.rows; k++) groups.emplace_back(g.units);
   }
-  Part part(int id, int64_t NV, int64_t RV) {
-    const int group = id / grid.units, slice = id % grid.units, n = grid.units;
+  bool walks(int id) const { return id < grid.rows * grid.units; }
+  Part part(int id, int64_t NV, int64_t RV) { // of one that walks
+    const int group = id / grid.units, n = grid.units;
+    const int64_t slice = id % n, next = slice + 1;
     return {id,
             cut[group],
             cut[group + 1],
             NV * slice / n,
-            NV * (slice + 1) / n,
+            NV * next / n,
             RV * slice / n,
-            RV * (slice + 1) / n,
+            RV * next / n,
             &groups[group],
-            slice};
+            int(slice)};
   }
 };
 
