@@ -11,9 +11,9 @@ from gradkernels import backends, cells, ops
 from gradkernels.cells import cell
 
 __version__ = "0.1.0"
-__all__ = ["backends", "cell", "cells", "convert", "doctor", "nn", "ops"]
+__all__ = ["backends", "cell", "cells", "convert", "doctor", "nn", "ops", "tasks"]
 
-_LAZY = {"nn": "gradkernels.nn", "doctor": "gradkernels.doctor"}
+_LAZY = {"nn": "gradkernels.nn", "doctor": "gradkernels.doctor", "tasks": "gradkernels.tasks"}
 
 
 def __getattr__(name: str) -> Any:
