@@ -34,6 +34,7 @@ from bench.measure import Spread
 from bench.providers import build
 
 STEPS = 3
+HANGS = 900  # seconds after which a child is given up
 MIB = 1 << 20
 
 
@@ -105,7 +106,12 @@ def start(what: str, case: Case, key: str, threads: int, seconds: float = 0.0) -
 
 def finish(child: subprocess.Popen[str]) -> Any:
     """What the child found. ChildFailed with the end of its error output if it failed."""
-    out, err = child.communicate()
+    try:
+        out, err = child.communicate(timeout=HANGS)
+    except subprocess.TimeoutExpired as e:
+        child.kill()
+        child.communicate()
+        raise ChildFailed(f"nothing after {HANGS} s") from e
     if child.returncode:
         raise ChildFailed(f"exit status {child.returncode}: {err.strip()[-2000:]}")
     return json.loads(out.splitlines()[-1])

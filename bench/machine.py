@@ -17,6 +17,7 @@ from bench.measure import wait_share, waited
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = [(1024, 1024, 1024), (2048, 2048, 1024), (4096, 1024, 256), (4096, 1024, 1024)]  # m, n, k
+COPIED = 256  # MiB, beyond the caches
 FLAGS = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "amx": ("amx_tile",), "avx512": ("avx512f",), "avx2": ("avx2",)}
 
 
@@ -125,10 +126,11 @@ def matmul_rate(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     return {"gflops": rates[by], "by": by, "all": rates}
 
 
-def copy_rate(seconds: float, mebibytes: int = 256) -> dict[str, Any]:
+def copy_rate(seconds: float) -> dict[str, Any]:
     """GB/s read and written by torch's copy of a tensor beyond the caches."""
-    a, b = torch.ones(mebibytes << 20, dtype=torch.uint8), torch.zeros(mebibytes << 20, dtype=torch.uint8)
-    return {"gbs": 2e-9 * (mebibytes << 20) / fastest(lambda: b.copy_(a), seconds), "by": f"copy_ of {mebibytes} MiB"}
+    size = COPIED << 20
+    a, b = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    return {"gbs": 2e-9 * size / fastest(lambda: b.copy_(a), seconds), "by": f"copy_ of {COPIED} MiB"}
 
 
 def limits(seconds: float = 6.0) -> dict[str, Any]:

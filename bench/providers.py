@@ -26,6 +26,7 @@ LABELS = {
     "torch": "torch",
     "cell": "torch cell",
     "loop": "Python loop",
+    "compiled": "Python loop, step compiled",
 }
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "gru_reset_before": nn.GRU}
 
@@ -33,18 +34,18 @@ TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "gru_reset_before": nn.GRU}
 class Loop(nn.Module):
     """The Python loop over steps that users write for a cell torch lacks; the input projection of all steps is one product."""
 
-    def __init__(self, layer: nn.RNNBase, cell: str) -> None:
+    def __init__(self, layer: nn.RNNBase, cell: str, compiled: bool = False) -> None:
         super().__init__()
-        self.cell = cell
+        step = {"gru_reset_before": self.reset_before, "rnn_sigmoid": self.sigmoid}[cell]
+        self.step = torch.compile(step, dynamic=False) if compiled else step
         for name, p in layer.named_parameters():
             setattr(self, name, nn.Parameter(p.detach().clone()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # x [T, B, I]
-        step = {"gru_reset_before": self.reset_before, "rnn_sigmoid": self.sigmoid}[self.cell]
         h = x.new_zeros(x.shape[1], self.weight_hh_l0.shape[1])
         outputs = []
         for gates in F.linear(x, self.weight_ih_l0, self.bias_ih_l0):
-            h = step(gates, h)
+            h = self.step(gates, h)
             outputs.append(h)
         return torch.stack(outputs), h.unsqueeze(0)
 
@@ -73,6 +74,7 @@ class Provider:
         self.label = LABELS[key]
         self.x = x.detach().clone().requires_grad_(self.mode == "training")
         self.parameters = dict(module.named_parameters())
+        self.nothing = [p.detach()[:0] for p in self.parameters.values()]
         self.dy: Tensor | None = None
 
     def run(self) -> None:
@@ -84,7 +86,7 @@ class Provider:
         self.x.grad = None
         for p in self.parameters.values():
             p.grad = None
-            p.detach()[:0].zero_()  # raises the version of the weights and touches none
+        torch._foreach_zero_(self.nothing)  # raises the version of every weight and touches none
         y = self.call(self.x)[0]
         if self.dy is None:
             self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y.dtype)
@@ -162,8 +164,8 @@ def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
     x = torch.randn(case.T, case.B, case.H, generator=torch.Generator().manual_seed(2))
     if case.mode == "step":
         return step(case, key, torch_layer, x, dtype)
-    if key == "loop":
-        module: nn.Module = Loop(torch_layer, case.cell)
+    if key in ("loop", "compiled"):
+        module: nn.Module = Loop(torch_layer, case.cell, key == "compiled")
     else:
         module = ours(case, torch_layer) if key.startswith("ours") else torch_layer
     rounded = getattr(torch, case.dtype)

@@ -45,6 +45,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--wait", type=float, default=WAIT, metavar="SHARE", help="of a round, spent waiting for a core (0.02)"
     )
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    p.add_argument("--compile", action="store_true", help="against Python loops with torch.compile too (minutes more)")
     p.add_argument("--backend", help="ours by this backend (the best one that can run)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured; kept up to date row by row")
     p.add_argument("--save", action="store_true", help="write JSON, table and plot into bench/results/<device>/")
@@ -61,7 +62,15 @@ def chosen(o: argparse.Namespace) -> list[cases.Case]:
         found = cases.quick(found)
     if o.filter:
         found = [c for c in found if any(re.search(f, c.name) or re.search(f, c.group) for f in o.filter)]
+    if o.compile:
+        found = [with_compiled(c) if "loop" in c.providers else c for c in found]
     return [replace(c, backend=o.backend) for c in found]
+
+
+def with_compiled(case: cases.Case) -> cases.Case:
+    """The same row with one more to compare with: the loop whose step torch.compile has made one kernel of."""
+    more = (cases.Target("compiled"),)
+    return replace(case, providers=(*case.providers, "compiled"), targets=case.targets + more)
 
 
 def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict[str, object]]) -> dict[str, Any]:

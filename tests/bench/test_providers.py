@@ -127,6 +127,15 @@ def test_the_loop_is_what_it_says():
     torch.testing.assert_close(h[0], state)
 
 
+@pytest.mark.slow  # compiles C++
+@pytest.mark.parametrize("cell", ["gru_reset_before", "rnn_sigmoid"])
+def test_the_compiled_loop_is_the_loop(cell):
+    case = Case("g", cell, "training", 3, 2, 8, providers=("ours", "loop", "compiled"))
+    loop, compiled = (providers.build(case, key).results() for key in ("loop", "compiled"))
+    for name, x in loop.items():
+        torch.testing.assert_close(compiled[name], x, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_the_peers_algorithm_is_named():
     case = Case("g", "lstm", "inference", 4, 3, 6)
     if torch.backends.mkldnn.is_available():
@@ -134,7 +143,9 @@ def test_the_peers_algorithm_is_named():
     assert providers.build(replace(case, cell="gru"), "torch").algorithm().endswith(" torch operations a call")
 
 
-def test_limits_name_the_way_that_was_fastest():
+def test_limits_name_the_way_that_was_fastest(monkeypatch):
+    monkeypatch.setattr(machine, "PRODUCTS", [(64, 32, 96), (128, 64, 64)])
+    monkeypatch.setattr(machine, "COPIED", 1)
     found = machine.limits(0.0)
     for dtype in ("float32", "bfloat16"):
         rates = found[dtype]["all"]

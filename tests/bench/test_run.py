@@ -45,8 +45,9 @@ def suite():
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(cases.SUITES, "recurrent", suite)
-    honest = machine.limits
-    monkeypatch.setattr(machine, "limits", lambda seconds: honest(0.0))
+    monkeypatch.setattr(machine, "PRODUCTS", [(64, 64, 64)])
+    monkeypatch.setattr(machine, "COPIED", 1)
+    monkeypatch.setattr(machine, "limits", lambda seconds, honest=machine.limits: honest(0.0))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -118,6 +119,23 @@ def test_filters_and_lists(capsys):
     assert names and all(re.search("gru .*bf16$|one step", n) for n in names)
     assert run.main(["--filter", "no such row"]) == 1
     assert "--list" in capsys.readouterr().err
+
+
+def test_compiled_loops_on_request():
+    without, with_them = (
+        run.chosen(run.arguments(["--filter", "torch has not", *more])) for more in ([], ["--compile"])
+    )
+    assert len(without) == len(with_them) > 0
+    for a, b in zip(without, with_them):
+        assert (
+            b.providers == (*a.providers, "compiled") and b.targets[: len(a.targets)] == a.targets and a.name == b.name
+        )
+
+
+def test_a_child_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(apart, "HANGS", 0.01)
+    with pytest.raises(apart.ChildFailed, match="nothing after"):
+        apart.finish(apart.start("memory", SMALL, "torch", 1))
 
 
 @pytest.mark.parametrize("arguments", [["bench/run.py"], ["-m", "gradkernels", "bench"]])
