@@ -122,7 +122,7 @@ def draw(ax: Axes, panel: Panel, low: float, high: float, wide: float) -> None:
                 if bar.asked <= end * text:
                     end = max(end, bar.asked)
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
-            number = f"{bar.value:.2f}x" if bar.value < 10 else f"{bar.value:.1f}x"
+            number = f"{bar.value:,.{2 if bar.value < 10 else 1 if bar.value < 100 else 0}f}x"
             ax.annotate(number, (end, y), fontsize=7.8, color=INK, zorder=6, **place)
             y += 1
         ticks.append((start + y - 1) / 2)
@@ -131,7 +131,7 @@ def draw(ax: Axes, panel: Panel, low: float, high: float, wide: float) -> None:
     ax.axvline(1, color=INK, linewidth=1.0, zorder=3)
     ax.set_xscale("log", base=2)
     ax.set_xlim(low, high)
-    marks = [m for m in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= m <= high]
+    marks = [m for m in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= m <= high]
     if len(marks) < 3:
         marks = [m for m in (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5) if low <= m <= high]
     ax.set_xticks(marks, [f"{m:g}x" for m in marks], fontsize=8)

@@ -162,7 +162,8 @@ class Live:
 
         self.console = Console(file=out, highlight=False)
         parts = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*parts, console=self.console, transient=True)
+        # refreshed between rows only: a thread that draws would be in the way of what is measured
+        self.progress = Progress(*parts, console=self.console, transient=True, auto_refresh=False)
         self.todo: list[Case] = []
 
     def note(self, text: str) -> None:
@@ -174,13 +175,14 @@ class Live:
         self.todo = list(todo)
         self.task = self.progress.add_task(todo[0].name, total=len(todo))
         self.progress.start()
+        self.progress.refresh()
 
     def row(self, row: dict[str, Any]) -> None:
         done = next(k for k, c in enumerate(self.todo) if c.name == row["name"]) + 1
         following = self.todo[done].name if done < len(self.todo) else "limits once more"
         said = row["error"] or f"{times(row['ratio'])} {row['results'][row['peer']]['label']}"
         self.progress.console.print(f"{row['name']}: {said}", style="red" if row["error"] else "dim")
-        self.progress.update(self.task, completed=done, description=following)
+        self.progress.update(self.task, completed=done, description=following, refresh=True)
 
     def end(self, report: dict[str, Any]) -> None:
         from rich.table import Table
