@@ -2,35 +2,11 @@
 // next step's product, the input gradient and the weight gradients read them, and the chunk after the next overwrites
 // them. Two rings let a thread run one chunk ahead. What forward kept is only read.
 #pragma once
+#include "gradients.h"
 #include "recurrent.h"
 #include <optional>
 
 namespace gk {
-
-// Sum of squares in double, where the square of any float neither vanishes nor overflows.
-template <class F> struct Norm {
-  using D = Vec<double>;
-  D squares = 0;
-  void add(Vec<F> x, int64_t n) {
-    if (n < Vec<F>::size)
-      for (int i = int(n); i < Vec<F>::size; i++) x.v[i] = 0;
-    if constexpr (sizeof(F) == 4) {
-      typedef float Half __attribute__((vector_size(vector_bytes / 2)));
-      Half part[2];
-      std::memcpy(part, &x.v, sizeof x.v);
-      for (const Half &p : part) {
-        const D d = __builtin_convertvector(p, typename D::Raw);
-        squares += d * d;
-      }
-    } else
-      squares += x * x;
-  }
-  double sum() const {
-    double s = 0;
-    for (int i = 0; i < D::size; i++) s += squares.v[i];
-    return s;
-  }
-};
 
 template <class Cell, class T, class P> class Backward {
   using F = Real<T>;
@@ -39,23 +15,6 @@ template <class Cell, class T, class P> class Backward {
   static constexpr bool split = !Cell::shared;
   static constexpr int64_t chunk = 512; // tokens whose gate gradients are kept in cache
 
-  // Rows of tokens, two chunks of them: [2 * room, stride].
-  struct Ring {
-    P *start = nullptr;
-    int64_t stride = 0;
-    P *row(int64_t place) const { return start + place * stride; }
-  };
-  // A gradient of weights [M, C] as it grows, and where it goes.
-  struct Weights {
-    T *out = nullptr;
-    F *sum = nullptr;
-    int64_t M = 0, C = 0;
-  };
-  // The other factor of a gradient of weights, a chunk of tokens in panels; two of them.
-  struct Factor {
-    Packed<P> panels[2];
-    int64_t C = 0;
-  };
   // Steps [lo, hi) of the walk.
   struct Chunk {
     int64_t lo, hi, tokens;
@@ -72,9 +31,9 @@ template <class Cell, class T, class P> class Backward {
   std::vector<Chunk> chunks;
   std::vector<int64_t> place, token; // [T] where a step lies in the rings; [2 * room] the token of a place
   int64_t room = 1;
-  Ring ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
-  Factor x, h, v, raw;
-  Weights dw_ih, dw_hh, dw_hr;
+  Ring<P> ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
+  Factor<P> x, h, v, raw;
+  Weights<T> dw_ih, dw_hh, dw_hr;
   F *db_x, *db_r;            // [K] each
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
   std::vector<double> norms; // [walking threads, T, S]
@@ -103,18 +62,6 @@ template <class Cell, class T, class P> class Backward {
       for (int64_t i = chunks[n].lo; i < chunks[n].hi; at += q.rows_at(i++)) place[i] = at;
     }
   }
-  Ring take_ring(int64_t n) {
-    const int64_t stride = row_stride<P>(n + depth);
-    return {arena.zeros<P>(2 * room * stride), stride};
-  }
-  Factor take_factor(int64_t C) { return {{take_panels<P>(arena, C, 1, room), take_panels<P>(arena, C, 1, room)}, C}; }
-  Weights take_weights(void *out, int64_t M, int64_t C) {
-    if constexpr (std::is_same_v<T, F>)
-      return {at(out), at(out), M, C};
-    else
-      return {at(out), arena.take<F>(M * C), M, C};
-  }
-
   void pack(int id) {
     const int n = team.size;
     const auto rows = [&](const void *w, Packed<P> &to, int64_t k, int64_t columns) {
@@ -161,7 +108,8 @@ template <class Cell, class T, class P> class Backward {
   V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
     return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
   }
-  void put(const Ring &ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m, int64_t out_width) const {
+  void put(const Ring<P> &ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m,
+           int64_t out_width) const {
     store(ring.row(place[i] + b) + column, d, m);
     if (out) store(at(out) + q.token(i, b) * out_width + column, d, m);
   }
@@ -263,7 +211,7 @@ template <class Cell, class T, class P> class Backward {
       for (int64_t i = c.lo; i < c.hi; i++)
         for (int64_t b = 0; b < q.rows_at(i); b++) token[place[i] + b] = q.token(i, b);
     int64_t i = c.lo, b = 0;
-    const auto all = [&](Factor &f, auto row) {
+    const auto all = [&](Factor<P> &f, auto row) {
       if (!f.C) return;
       i = c.lo, b = 0;
       const int64_t CV = vectors<T>(f.C);
@@ -279,38 +227,11 @@ template <class Cell, class T, class P> class Backward {
     all(raw, [&](int64_t i, int64_t b) { return at(q.raw) + q.token(i, b) * q.H; });
   }
 
-  // dw[m, :] += sum over tokens of ring[token, m] * factor[token, :] for m in [m0, m1).
-  void accumulate(const Chunk &c, int parity, int id, bool first, const Ring &ring, int64_t m0, int64_t m1,
-                  const Factor &f, const Weights &w, int64_t row0 = 0) {
-    if (!w.out || m0 >= m1) return;
-    const P *left = ring.row(place[c.lo]) + m0;
-    ptrdiff_t stride = ring.stride;
-    if constexpr (depth > 1) { // two tokens side by side
-      const int64_t wide = row_stride<P>((m1 - m0 + L) * depth);
-      P *const to = pairs[id];
-      for (int64_t t = 0; t < c.tokens; t += depth, left += depth * stride)
-        for (int64_t m = 0; m < m1 - m0; m += L)
-          store_words(to + t / depth * wide + m * depth,
-                      pair_words(left + m, t + 1 < c.tokens ? left + stride + m : nullptr, m1 - m0 - m));
-      left = to, stride = wide;
-    }
-    Matrix<P> panels = f.panels[parity].matrix;
-    panels.steps = sum_steps<P>(c.tokens);
-    product<1>(
-        m1 - m0, 0, vectors<T>(f.C), panels, [&](int64_t m) { return left + m * depth; }, stride,
-        [&](int64_t m, int64_t v, const F *acc) {
-          F *const to = w.sum + (row0 + m0 + m) * f.C + v * L;
-          const int64_t n = f.C - v * L;
-          const V d = V::load(acc);
-          store(to, first ? d : load(to, n) + d, n);
-        });
-  }
-  void add_bias(const Chunk &c, bool first, const Ring &ring, int64_t m0, int64_t m1, F *db) const {
-    for (int64_t m = m0; db && m < m1; m += L) {
-      V sum = 0;
-      for (int64_t t = 0; t < c.tokens; t++) sum += load(ring.row(place[c.lo] + t) + m, m1 - m);
-      store(db + m, first ? sum : load(db + m, m1 - m) + sum, m1 - m);
-    }
+  // The rows [m0, m1) of a gradient of weights take what a chunk adds.
+  void add(const Chunk &c, int parity, int id, bool first, const Ring<P> &ring, int64_t m0, int64_t m1,
+           const Factor<P> &f, const Weights<T> &w) const {
+    if (w.out)
+      accumulate(ring.row(place[c.lo]), ring.stride, c.tokens, m0, m1, f.panels[parity].matrix, w, first, pairs[id]);
   }
   void input_gradient(const Chunk &c, int id) {
     constexpr int64_t block = 48; // tokens whose gate gradients stay near while all columns of x pass
@@ -333,20 +254,14 @@ template <class Cell, class T, class P> class Backward {
       }
       team.all.wait(id);
     }
-    accumulate(c, parity, id, first, ring_x, m0, m1, x, dw_ih);
-    accumulate(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh);
-    if (Q) accumulate(c, parity, id, first, ring_r, std::max(m0, K1), std::max(m1, K1), v, dw_hh);
-    accumulate(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
-    add_bias(c, first, ring_x, m0, m1, db_x);
-    if (split) add_bias(c, first, ring_r, m0, m1, db_r);
+    add(c, parity, id, first, ring_x, m0, m1, x, dw_ih);
+    add(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh);
+    if (Q) add(c, parity, id, first, ring_r, std::max(m0, K1), std::max(m1, K1), v, dw_hh);
+    add(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
+    if (db_x) add_columns(ring_x.row(place[c.lo]), ring_x.stride, c.tokens, m0, m1, db_x, first);
+    if (db_r) add_columns(ring_r.row(place[c.lo]), ring_r.stride, c.tokens, m0, m1, db_r, first);
     if (q.dx) input_gradient(c, id);
   }
-  void round(const Weights &w, int id) const {
-    if (!w.out || static_cast<const void *>(w.out) == w.sum) return;
-    const int64_t n1 = w.M * (id + 1) / team.size * w.C; // the rows that this thread has summed
-    for (int64_t n = w.M * id / team.size * w.C; n < n1; n += L) store(w.out + n, load(w.sum + n, n1 - n), n1 - n);
-  }
-
   static Team make_team(const BackwardArgs &q) {
     const int64_t step = q.B * G * q.H * q.R, after = std::min(chunk, q.T * q.B) * G * q.H * (q.R + 2 * q.I);
     const Grid grid = choose_grid(worth(q.threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
@@ -363,14 +278,14 @@ public:
     if (Q) w_second = take_panels<P>(arena, q.R, 1, K - K1);
     if (q.w_hr) w_hr = take_panels<P>(arena, q.H, 1, q.R);
     carry = arena.zeros<F>(S * q.B * width);
-    ring_x = take_ring(K);
-    ring_r = split ? take_ring(K) : ring_x;
-    if (Q) ring_v = take_ring(q.H);
-    if (q.w_hr) ring_h = take_ring(q.R);
-    if (q.dw_ih) x = take_factor(q.I), dw_ih = take_weights(q.dw_ih, K, q.I);
-    if (q.dw_hh) h = take_factor(q.R), dw_hh = take_weights(q.dw_hh, K, q.R);
-    if (Q && q.dw_hh) v = take_factor(q.H);
-    if (q.dw_hr) raw = take_factor(q.H), dw_hr = take_weights(q.dw_hr, q.R, q.H);
+    ring_x = Ring<P>::take(arena, 2 * room, K);
+    ring_r = split ? Ring<P>::take(arena, 2 * room, K) : ring_x;
+    if (Q) ring_v = Ring<P>::take(arena, 2 * room, q.H);
+    if (q.w_hr) ring_h = Ring<P>::take(arena, 2 * room, q.R);
+    if (q.dw_ih) x = Factor<P>::take(arena, room, q.I), dw_ih = Weights<T>::take(arena, q.dw_ih, K, q.I);
+    if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.R);
+    if (Q && q.dw_hh) v = Factor<P>::take(arena, room, q.H);
+    if (q.dw_hr) raw = Factor<P>::take(arena, room, q.H), dw_hr = Weights<T>::take(arena, q.dw_hr, q.R, q.H);
     db_x = q.db_ih || (q.db_hh && !split) ? arena.take<F>(K) : nullptr;
     db_r = q.db_hh && split ? arena.take<F>(K) : nullptr;
     const bool weights = q.dw_ih || q.dw_hh || q.dw_hr;
@@ -400,7 +315,7 @@ public:
         step(*walker, -1);
         leave(*walker);
       }
-      for (const Weights *w : {&dw_ih, &dw_hh, &dw_hr}) round(*w, id);
+      for (const Weights<T> *w : {&dw_ih, &dw_hh, &dw_hr}) w->round(w->M * id / team.size, w->M * (id + 1) / team.size);
     });
     for (int64_t m = 0; m < K; m += L) {
       if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);
