@@ -95,17 +95,21 @@ def recurrent(
     # asked in this order: "meta" has no autocast
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         tensors, state = _autocast(tensors, state)
-    try:
-        check_forward(c, *tensors, state, batch_sizes, lengths)
-    except AttributeError:
-        _check_types((*tensors, *(state or ()), batch_sizes, lengths))
-        raise
+    fast = op.direct((*tensors, batch_sizes, lengths, *(state or ())))
+    if (
+        fast or torch.compiler.is_compiling() or not torch._C._is_tracing()
+    ):  # jit.trace leaves the checks to the operator
+        try:
+            check_forward(c, *tensors, state, batch_sizes, lengths)
+        except AttributeError:
+            _check_types((*tensors, *(state or ()), batch_sizes, lengths))
+            raise
     if state is None:
         state = _zeros(c, x, weight_hh, batch_sizes)
     if probe is not None:
         probe = _check_probe(probe, c)
     S, keep = c.S, 1 if every_state else 0
-    if op.direct((*tensors, batch_sizes, lengths, *state)):
+    if fast:
         if not _requires_grad((*tensors, *state, probe)):
             out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend)
             return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
@@ -137,7 +141,9 @@ def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
                 msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
             )
             return True
-        if torch.compiler.is_exporting():  # the operator with a derivative of its own; a Function would be kept as no_grad
+        if (
+            torch.compiler.is_exporting()
+        ):  # a Function would be kept as no_grad; the operator has a derivative of its own
             return False
         return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     if torch._C._are_functorch_transforms_active():

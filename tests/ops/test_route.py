@@ -119,6 +119,8 @@ def test_lazy_negation(calls, backend):
     assert all(map(torch.equal, CASE.call(backend)(lazy, *rest), CASE.call(backend)(x, *rest)))
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # of shapes that became constants
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace_records_the_operator(backend):
     f, t = CASE.call(backend), inputs()
     traced = torch.jit.trace(f, tuple(t), check_trace=False)
