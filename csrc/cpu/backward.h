@@ -108,9 +108,9 @@ template <class Cell, class T, class P> class Backward {
   V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
     return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
   }
-  void put(const Ring<P> &ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m,
+  void put(const Ring<P> *ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m,
            int64_t out_width) const {
-    store(ring.row(place[i] + b) + column, d, m);
+    if (ring) store(ring->row(place[i] + b) + column, d, m);
     if (out) store(at(out) + q.token(i, b) * out_width + column, d, m);
   }
   void finish(int64_t i, int64_t b, int64_t v, const Unit &u, [[maybe_unused]] V dv, Norm<F> *norm) const {
@@ -121,8 +121,9 @@ template <class Cell, class T, class P> class Backward {
     else
       Cell::backward(u.a, u.s, u.t, u.dt, dx, dr, ds, total);
     for (int g = 0; g < G; g++) {
-      put(ring_x, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
-      if (split) put(ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
+      const bool known = g >= G - Q; // written before the second product, which others may still be reading
+      put(split || !known ? &ring_x : nullptr, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
+      if (split) put(known ? nullptr : &ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
     }
     for (int k = q.w_hr ? 1 : 0; k < S; k++) {
       ds[k].store(carry_at(k, b, v));
@@ -140,7 +141,7 @@ template <class Cell, class T, class P> class Backward {
       if (!here) return dh.store(carry_at(0, b, v));
       dh += given(0, i, b, v, q.R);
       if (q.w_hr) {
-        put(ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
+        put(&ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
         V(0).store(carry_at(0, b, v));
         if (norm) norm[0].add(dh, q.R - v * L);
         return;
@@ -153,8 +154,8 @@ template <class Cell, class T, class P> class Backward {
         V operand, dr[Q];
         Cell::second_adjoint(u.a, u.s, u.t, u.dt, operand, dr);
         const int64_t unit = v * L, m = q.H - unit;
-        for (int g = 0; g < Q; g++) put(ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
-        put(ring_v, q.v, i, b, unit, operand, m, q.H);
+        for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
+        put(&ring_v, q.v, i, b, unit, operand, m, q.H);
         for (int j = 0; j < S; j++) u.dt[j].store(carry_at(j, b, v));
       } else
         finish(i, b, v, u, V(0), norm);
