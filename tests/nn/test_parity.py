@@ -2,8 +2,8 @@
 
 The truth is torch's own layer in float64; what counts as close is the error of torch's own layer in the dtype under test.
 Where torch has no such layer, a plain loop in torch operations takes its part. In float64, where torch would be its own truth,
-and with wild weights, which amplify a rounding without bound, torch's layer runs three times more with every weight and input
-moved by one rounding, and the largest of its errors counts.
+with wild weights, which amplify a rounding without bound, and for tensors of a few numbers, which may be exact by luck, torch's
+layer runs three times more with every weight and input moved by one rounding, and the largest of its errors counts.
 """
 
 import copy
@@ -64,6 +64,8 @@ def case(seed, largest=127, steps=63):
     small = [n for n in SIZES if n <= largest]
     H, layers = r.choice(small), r.choice((1, 1, 2, 3))
     dtype = r.choice(("fp32", "fp32", "fp32", "fp64", "bf16", "fp16"))
+    # 16-bit rounding of wild weights moves results by more than any kernel does
+    gain = 4.0 if dtype in ("fp32", "fp64") and r.random() < 0.2 else 1.0
     # one mask for padded and packed rows there is not
     twin = cell not in ("rnn_sigmoid", "gru_reset_before")
     same_layout = form in ("padded", "unbatched") or (form != "lengths" and twin)
@@ -72,7 +74,10 @@ def case(seed, largest=127, steps=63):
         cell,
         form,
         dtype,
-        T=r.choice([t for t in (1, 2, 3, 17, 63) if t <= (steps if twin else 17)]),  # the loop is slow
+        # the loop is slow, and so is running torch four times
+        T=r.choice(
+            [t for t in (1, 2, 3, 17, 63) if t <= (steps if twin and H > 3 and dtype != "fp64" and gain == 1 else 17)]
+        ),
         B=1 if form == "unbatched" else r.choice((1, 2, 3, 5, 17)),
         I=r.choice(small),
         H=H,
@@ -83,8 +88,7 @@ def case(seed, largest=127, steps=63):
         batch_first=r.random() < 0.4,
         hx=r.random() < 0.5,
         dropout=0.4 if layers > 1 and same_layout and r.random() < 0.4 else 0.0,
-        # 16-bit rounding of wild weights moves results by more than any kernel does
-        gain=4.0 if dtype in ("fp32", "fp64") and r.random() < 0.2 else 1.0,
+        gain=gain,
         generic=cell in ("lstm", "gru_reset_before") and r.random() < 0.5,
     )
 
@@ -183,7 +187,8 @@ def check(c, backend):
     assert gk.backends.last() == backend
     same = run(c, theirs, dtype, x, hx, lengths, cotangents)
     truth = run(c, copy.deepcopy(theirs).double(), torch.double, x, hx, lengths, cotangents)
-    for _ in range(3 if c.dtype == "fp64" or c.gain > 1 else 0):
+    few = c.H <= 3 and c.dtype == "fp32"
+    for _ in range(3 if c.dtype == "fp64" or c.gain > 1 or few else 0):
         moved = copy.deepcopy(theirs)
         with torch.no_grad():
             for p in moved.parameters():
