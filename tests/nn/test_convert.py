@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import gradkernels as gk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 import gradkernels as gk
 from tests.close import assert_close_to_truth
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 INFOS = {kind: next(i for i in module_db if i.module_cls is getattr(torch.nn, kind)) for kind in KINDS}
 

@@ -6,6 +6,7 @@ with wild weights, which amplify a rounding without bound, and for tensors of a 
 layer runs three times more with every weight and input moved by one rounding, and the largest of its errors counts.
 """
 
+import contextlib
 import copy
 import pickle
 import random
@@ -152,6 +153,17 @@ def loop(c, layer, x, hx, lengths):
     return y.squeeze(0 if c.batch_first else 1), final.squeeze(1)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """For torch's own layers: their many small operations wait for other threads by spinning, seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def nudged(v, generator):
     """Every element moved by one rounding, up, down or not at all."""
     return v + v * torch.finfo(v.dtype).eps * torch.randint(-1, 2, v.shape, generator=generator).to(v.dtype)
@@ -185,16 +197,17 @@ def check(c, backend):
 
     got = run(c, ours, dtype, x, hx, lengths, cotangents)
     assert gk.backends.last() == backend
-    same = run(c, theirs, dtype, x, hx, lengths, cotangents)
-    truth = run(c, copy.deepcopy(theirs).double(), torch.double, x, hx, lengths, cotangents)
-    few = c.H <= 3 and c.dtype == "fp32"
-    for _ in range(3 if c.dtype == "fp64" or c.gain > 1 or few else 0):
-        moved = copy.deepcopy(theirs)
-        with torch.no_grad():
-            for p in moved.parameters():
-                p.copy_(nudged(p, noise))
-        other = run(c, moved, dtype, nudged(x, noise), hx and [nudged(h, noise) for h in hx], lengths, cotangents)
-        same = {n: max(v, other[n], key=lambda u, t=truth[n]: error(u, t)) for n, v in same.items()}
+    with one_thread():
+        same = run(c, theirs, dtype, x, hx, lengths, cotangents)
+        truth = run(c, copy.deepcopy(theirs).double(), torch.double, x, hx, lengths, cotangents)
+        few = c.H <= 3 and c.dtype == "fp32"
+        for _ in range(3 if c.dtype == "fp64" or c.gain > 1 or few else 0):
+            moved = copy.deepcopy(theirs)
+            with torch.no_grad():
+                for p in moved.parameters():
+                    p.copy_(nudged(p, noise))
+            other = run(c, moved, dtype, nudged(x, noise), hx and [nudged(h, noise) for h in hx], lengths, cotangents)
+            same = {n: max(v, other[n], key=lambda u, t=truth[n]: error(u, t)) for n, v in same.items()}
     assert_close_to_truth(got, same, truth, name=f"{c} ")
 
 
@@ -252,7 +265,8 @@ def check_step(seed, backend):
 
     got = go(ours, dtype)
     assert gk.backends.last() == backend
-    assert_close_to_truth(got, go(theirs, dtype), go(theirs, torch.double), name=f"{seed} {c} ")
+    with one_thread():
+        assert_close_to_truth(got, go(theirs, dtype), go(theirs, torch.double), name=f"{seed} {c} ")
 
 
 @pytest.mark.parametrize("block", range(4))

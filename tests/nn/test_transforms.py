@@ -18,6 +18,7 @@ import gradkernels as gk
 from tests.close import assert_close_to_truth
 from tests.nn.loop import Loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("LSTM", "GRU", "RNN")
 X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
 
