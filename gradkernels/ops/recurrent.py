@@ -105,7 +105,7 @@ def recurrent(
             _check_types((*tensors, *(state or ()), batch_sizes, lengths))
             raise
     if state is None:
-        state = _zeros(c, x, weight_hh, batch_sizes)
+        state = _zeros(c, tensors[0], tensors[3], batch_sizes)  # as autocast left them
     if probe is not None:
         probe = _check_probe(probe, c)
     S, keep = c.S, 1 if every_state else 0
@@ -141,9 +141,9 @@ def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
                 msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
             )
             return True
-        if (
-            torch.compiler.is_exporting()
-        ):  # a Function would be kept as no_grad; the operator has a derivative of its own
+        # A Function would be exported as no_grad; the operator has a derivative of its own. Asked of the flag: Dynamo of torch
+        # 2.11 takes is_exporting() for true everywhere.
+        if torch.compiler._is_exporting_flag:
             return False
         return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     if torch._C._are_functorch_transforms_active():
