@@ -4,7 +4,9 @@ import io
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +41,20 @@ def train(case, compiler, backend):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compile(case, backend):
     train(case, "aot_eager", backend)
+
+
+def test_a_compiled_backward_runs_no_second_forward(backend):
+    """What backward needs is kept by forward: one operator in each graph."""
+    seen = []
+
+    def record(graph, _):
+        seen.append([str(n.target) for n in graph.graph.nodes if "gradkernels" in str(n.target)])
+        return make_boxed_func(graph.forward)
+
+    t = Case("lstm").tensors(torch.float32)
+    out = compiled(Case("lstm").call(backend), aot_autograd(fw_compiler=record, bw_compiler=record))(*t.values())
+    sum(o.sum() for o in out).backward()
+    assert seen == [["gradkernels.recurrent_forward.default"], ["gradkernels.recurrent_backward.default"]]
 
 
 @pytest.mark.slow
