@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradkernels.backends._unroll import unroll, unroll_backward, unroll_tangent
+
 if TYPE_CHECKING:
     from gradkernels.cells import Cell
 
@@ -98,128 +100,6 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def project(x: Tensor, weight_ih: Tensor | None, bias_ih: Tensor | None) -> Tensor:
     return x if weight_ih is None else F.linear(x, weight_ih, bias_ih)
-
-
-def split(v: Tensor, H: int) -> tuple[Tensor, ...]:
-    """[n, k*H] -> k tensors [n, H]"""
-    return v.unflatten(1, (v.shape[1] // H, H)).unbind(1)
-
-
-def advance(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    """The rows that took part move on; the others keep what they have."""
-    return [v if v.shape[0] == u.shape[0] else torch.cat([v, u[v.shape[0] :]]) for v, u in zip(new, old)]
-
-
-def join(parts: Sequence[Tensor], like: Tensor, *width: int) -> Tensor:
-    return torch.cat(list(parts)) if parts else like.new_empty(0, *width)
-
-
-# ---------------------------------------------------------------- the recurrence over rows
-
-
-def unroll(cell, gates, w_hh, b_hh, w_hr, state, steps, reverse):
-    """gates [N, G*H] -> state sequences [N, R], [N, H] ...; final states; output before projection; kept [N, A, H]."""
-    H, s = w_hh.shape[0] // cell.G, list(state)
-    K = w_hh.shape[0] - len(cell.second) * H  # rows of weight_hh whose product is taken of the state
-    b_first, b_second = (None, None) if b_hh is None else (b_hh[:K], b_hh[K:])
-    seq, raw, acts = [[None] * len(steps) for _ in s], [None] * len(steps), [None] * len(steps)
-    for k in reversed(range(len(steps))) if reverse else range(len(steps)):
-        o, n = steps[k]
-        x, before = split(gates[o : o + n], H), [v[:n] for v in s]
-        r = split(F.linear(before[0], w_hh[:K], b_first), H)
-        if cell.second:
-            r = (*r, *split(F.linear(cell.operand(x, r, before), w_hh[K:], b_second), H))
-        t, a = cell.forward(x, r, before)
-        acts[k] = torch.stack(tuple(a), 1) if a else x[0].new_empty(n, 0, H)
-        raw[k], t = t[0], (t[0] if w_hr is None else F.linear(t[0], w_hr), *t[1:])
-        for j, v in enumerate(t):
-            seq[j][k] = v
-        s = advance(t, s)
-    seq = [join(v, gates, u.shape[1]) for v, u in zip(seq, state)]
-    return seq, s, None if w_hr is None else join(raw, gates, H), join(acts, gates, cell.A, H)
-
-
-def unroll_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, reverse, norms):
-    """BPTT. grads: one per state sequence, then one per final state; None is zero.
-
-    -> dgates [N, G*H]; dr [N, G*H], the same tensor when no gate is split; v [N, H] or None; dproj [N, R] or None; dstate;
-    and per step [T, S + 1] the squared norms of the states' adjoints and the number of rows, in float64: the square of any
-    float32 fits, and squares add up."""
-    S, H, order = cell.S, acts.shape[2], list(range(len(steps)))
-    K = w_hh.shape[0] - len(cell.second) * H
-    if reverse:
-        order.reverse()
-    ds = [torch.zeros_like(v) if g is None else g for v, g in zip(state, grads[S:])]
-    dgates, dr, operand, dproj, size = ([None] * len(steps) for _ in range(5))
-    for i in reversed(range(len(order))):
-        k = order[i]
-        o, n = steps[k]
-        po, pn = steps[order[i - 1]] if i else (0, 0)
-        m = min(n, pn)  # rows that come from the step before; the others start here
-        before = [
-            u[:n] if m == 0 else q[po : po + m] if m == n else torch.cat([q[po : po + m], u[m:n]])
-            for q, u in zip(seq, state)
-        ]
-        dt = [d[:n] if g is None else d[:n] + g[o : o + n] for d, g in zip(ds, grads)]
-        after, own = [q[o : o + n] for q in seq], dt[0]
-        if w_hr is not None:
-            dproj[k], dt[0], after[0] = own, own @ w_hr, raw[o : o + n]
-        a = acts[o : o + n].unbind(1)
-        if cell.second:
-            operand[k], late = cell.second_adjoint(a, before, after, dt)
-            x, r, s, total = cell.backward(a, before, after, dt, torch.cat(tuple(late), 1) @ w_hh[K:])
-        else:
-            x, r, s, total = cell.backward(a, before, after, dt)
-        if norms:
-            squares = [v.double().square().sum() for v in (own, *total[1:])]
-            size[k] = torch.stack([*squares, own.new_full((), n, dtype=torch.double)])
-        dgates[k] = torch.cat(tuple(x), 1)
-        dr[k] = torch.cat(tuple(r), 1) if cell.split else dgates[k]
-        ds = advance([dr[k][:, :K] @ w_hh[:K] + s[0], *s[1:]], ds)
-    width = w_hh.shape[0]
-    dgates = join(dgates, acts, width)
-    return (
-        dgates,
-        join(dr, acts, width) if cell.split else dgates,
-        join(operand, acts, H) if cell.second else None,
-        None if w_hr is None else join(dproj, acts, w_hr.shape[0]),
-        ds,
-        (torch.stack(size) if size else acts.new_empty(0, S + 1, dtype=torch.double)) if norms else None,
-    )
-
-
-def unroll_tangent(cell, primal, moving, steps, reverse):
-    """Forward mode of `unroll`: (gates, w_hh, b_hh, w_hr, *state) and their tangents, None being zero."""
-    (gates, w_hh, b_hh, w_hr, *s), (dgates, dw, db, dwr, *d) = primal, moving
-    H = w_hh.shape[0] // cell.G
-    K = w_hh.shape[0] - len(cell.second) * H
-    state, out = s, [[None] * len(steps) for _ in s]
-    d = [torch.zeros_like(v) if g is None else g for v, g in zip(s, d)]
-
-    def product(v, dv, rows):
-        """(W v + b, its tangent) for those rows of weight_hh."""
-        part = lambda u: None if u is None else u[rows]
-        tangent = F.linear(dv, w_hh[rows], part(db))
-        return split(F.linear(v, w_hh[rows], part(b_hh)), H), split(
-            tangent if dw is None else tangent + F.linear(v, dw[rows]), H
-        )
-
-    for k in reversed(range(len(steps))) if reverse else range(len(steps)):
-        o, n = steps[k]
-        x, before, dbefore = split(gates[o : o + n], H), [v[:n] for v in s], [v[:n] for v in d]
-        dx = split(dgates[o : o + n], H)
-        r, dr = product(before[0], dbefore[0], slice(0, K))
-        if cell.second:
-            r2, dr2 = product(*cell.operand_tangent(x, r, before, dx, dr, dbefore), slice(K, None))
-            r, dr = (*r, *r2), (*dr, *dr2)
-        new, tan = cell.tangent(x, r, before, dx, dr, dbefore)
-        if w_hr is not None:
-            tan = (F.linear(tan[0], w_hr) + (0 if dwr is None else F.linear(new[0], dwr)), *tan[1:])
-            new = (F.linear(new[0], w_hr), *new[1:])
-        for j, v in enumerate(tan):
-            out[j][k] = v
-        s, d = advance(new, s), advance(tan, d)
-    return [join(v, gates, u.shape[1]) for v, u in zip(out, state)], d
 
 
 # ---------------------------------------------------------------- weight gradients

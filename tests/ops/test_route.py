@@ -170,6 +170,17 @@ def test_autocast_leaves_float64_alone_and_is_off_inside(backend):
     assert all(map(torch.equal, plain, inside))
 
 
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("no grad", "grad"))
+def test_autocast_makes_the_states(requires_grad, backend):
+    t = Case("lstm").tensors(torch.float32, requires_grad)
+    args = {k: t[k] for k in ("weight_ih", "bias_ih", "bias_hh")}
+    with torch.autocast("cpu", torch.bfloat16):
+        y, final = gk.ops.recurrent(t["x"], t["weight_hh"], **args, backend=backend)
+        zeros = [torch.zeros(3, 6) for _ in range(2)]
+        want, _ = gk.ops.recurrent(t["x"], t["weight_hh"], zeros, **args, backend=backend)
+    assert torch.equal(y, want) and all(v.dtype == torch.bfloat16 for v in (y, *final))
+
+
 def test_autocast_and_second_derivatives(backend):
     t = Case("lstm").tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
