@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase as TorchRNNCellBase
 
+from gradkernels.nn.recurrent import leave_autocast
 from gradkernels.ops import recurrent
 
 
@@ -56,6 +58,8 @@ class RNNCellBase(TorchRNNCellBase):
         _, new = recurrent(
             x.unsqueeze(0), w_hh, states, weight_ih=w_ih, bias_ih=b_ih, bias_hh=b_hh, cell=cell, backend=self.backend
         )
+        if self.kind != "RNNCell" and torch._C._is_any_autocast_enabled():
+            new = leave_autocast((x if states is None else states[0]).dtype, *new)
         return new if rank == 2 else tuple(h.squeeze(0) for h in new)
 
     def _one(self, cell: str, x: Tensor, hx: Tensor | None) -> Tensor:

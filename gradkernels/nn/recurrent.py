@@ -187,7 +187,10 @@ class RNNBase(nn.RNNBase):
                 self._check_states(states, shape[1], x)
             if shape[0] == 0:
                 raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        dtype = (x if states is None else states[0]).dtype
         x, final = self._run(x, states, zeros, cell, batch_sizes, lengths, first=first)
+        if self.mode.startswith("GRU") and torch._C._is_any_autocast_enabled():
+            x, *final = leave_autocast(dtype, x, *final)
         if batch_sizes is not None:
             x = PackedSequence(x, batch_sizes, order, back)
             if back is not None:
@@ -243,6 +246,14 @@ class RNNBase(nn.RNNBase):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", backend={self.backend}" if self.backend else "")
+
+
+def leave_autocast(dtype: torch.dtype, *values: Tensor) -> tuple[Tensor, ...]:
+    """On the CPU torch autocasts the products inside a GRU, a GRUCell and an LSTMCell, and adds to a state that keeps its dtype;
+    an LSTM and an RNN come out in the lower one."""
+    if values[0].device.type != "cpu":
+        return values
+    return tuple(v.to(dtype) for v in values)
 
 
 def _apart(device: torch.device, what: str, other: torch.device) -> RuntimeError:

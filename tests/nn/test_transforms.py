@@ -304,10 +304,23 @@ def test_autocast(kind, backend):
             out = m(y)
         m.zero_grad()
         total(out).backward()
-        results.append([*tensors(out), y.grad, *(p.grad for p in m.parameters())])
+        results.append([*tensors(out), y.grad, *(p.grad.clone() for p in m.parameters())])  # .double() is in place
     assert [v.dtype for v in results[0]] == [v.dtype for v in results[1]]
     truth = train(theirs.double(), theirs, X.double())
     assert_close_to_truth(*results, [*tensors(truth[0]), truth[1], *truth[2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_leaves_in_torchs_dtype(name, dtype, state):
+    cell = name.endswith("Cell")
+    x = torch.randn(*((2, 3) if cell else (4, 2, 3)), dtype=dtype)
+    h = None if state is None else torch.zeros(*((2, 5) if cell else (1, 2, 5)), dtype=state)
+    hx = (h, h) if name.startswith("LSTM") and h is not None else h
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (getattr(lib, name)(3, 5)(x, hx) for lib in (gk.nn, nn))
+    assert [v.dtype for v in tensors(ours)] == [v.dtype for v in tensors(theirs)]
 
 
 def test_saved_tensors_hooks_and_inference_mode(kind, backend):
