@@ -185,6 +185,13 @@ def check_backward(
         raise ValueError("need asks for the gradient of a tensor that is not there")
 
 
+def check_dense(*tensors: Tensor | None) -> None:
+    """Memory with strides: other layouts have their own ideas of an address."""
+    for v in tensors:
+        if v is not None and v.layout is not torch.strided:
+            raise TypeError(f"recurrent layers take dense tensors, got layout {v.layout} of shape {list(v.shape)}")
+
+
 def check_batch_sizes(batch_sizes: Tensor, N: int, B: int) -> None:
     """The rows of each step are in the tensor, and no step has more rows than the one before."""
     sizes = batch_sizes.tolist()

@@ -16,6 +16,7 @@ from gradkernels.cells import CELLS, Cell
 from gradkernels.ops._recurrent_checks import (
     check_backward,
     check_batch_sizes,
+    check_dense,
     check_forward,
     check_lengths,
     check_together,
@@ -104,6 +105,7 @@ def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengt
     keep=0: y and the final states; 1: the sequences of all states; 2: also what backward needs: raw [N, H], the output before
     projection, if there is one, and acts [N, A, H]."""
     c = cell_of(cell)
+    check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state)
     check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths)
     if keep not in (0, 1, 2):
         raise ValueError(f"keep must be 0, 1 or 2, got {keep}")
@@ -117,6 +119,7 @@ def _backward_op(
     gates=True: [dgates [.., G*H], (dr [.., G*H] if a gate is split), (v [.., H] if a product is taken of v),
     (dproj [.., R] if w_hr), *dstate, (norms)], of which weight gradients are products."""
     c = cell_of(cell)
+    check_dense(*grads, x, w_ih, w_hh, w_hr, *saved, batch_sizes, lengths, *state)
     check_backward(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, need)
     how = reverse, need, gates, norms, backend
     return backward_kernel(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)

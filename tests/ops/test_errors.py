@@ -197,6 +197,14 @@ def test_what_is_no_tensor(changes, text, backend):
     refused(lambda: gk.ops.recurrent(**right(**changes), backend=backend), TypeError, text)
 
 
+@pytest.mark.parametrize("way", ("sparse", "mkldnn"))
+@pytest.mark.parametrize("name", ("x", "weight_hh"))
+def test_other_layouts(name, way, backend):
+    args = right()
+    args[name] = args[name].to_sparse() if way == "sparse" else args[name].to_mkldnn()
+    refused(lambda: gk.ops.recurrent(**args, backend=backend), TypeError, "dense tensors, got layout")
+
+
 def test_unknown_names(backend):
     refused(lambda: gk.ops.recurrent(**right() | {"cell": "lstn"}), ValueError, "unknown cell 'lstn'.*lstm, gru")
     refused(

@@ -7,7 +7,7 @@ from torch import nn
 import gradkernels as gk
 from gradkernels.backends import last
 from tests.close import assert_close_to_truth
-from tests.ops.case import GATES, Case, cotangents, gradients
+from tests.ops.case import GATES, Case, cotangents, gradients, loop
 
 CELLS = list(GATES)
 
@@ -160,6 +160,32 @@ def test_packed_and_lengths_are_the_same(cell, backend):
     assert ragged.lengths.tolist() != sorted(
         ragged.lengths.tolist(), reverse=True
     )  # the other tests meet unsorted rows
+
+
+@pytest.mark.parametrize("reverse", (False, True), ids=("", "reverse"))
+@pytest.mark.parametrize("sizes", [[3, 2, 1], [3, 1, 0], [0, 0], [5, 5]], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_steps_need_not_reach_every_row(cell, sizes, reverse, backend):
+    """Rows of the state beyond the first step's, and steps without rows, as no PackedSequence has them."""
+    case = Case(cell, T=len(sizes), B=5)
+    dense, sizes = case.tensors(torch.float32), torch.tensor(sizes, dtype=torch.long)
+    t = {**dense, "x": torch.randn(int(sizes.sum()), 4, requires_grad=True)}
+    live = (torch.arange(5) < sizes.unsqueeze(1)).flatten().nonzero().squeeze(1)
+    lengths = (sizes.unsqueeze(1) > torch.arange(5)).sum(0)
+
+    def padded(*values):
+        x = values[0].new_zeros(case.T * 5, 4).index_copy(0, live, values[0]).unflatten(0, (case.T, 5))
+        names = dict(zip(t, (x, *values[1:])))
+        weights = [names[k] for k in ("x", "weight_ih", "bias_ih", "weight_hh", "bias_hh")]
+        y, final = loop(cell, *weights, None, [v for k, v in names.items() if k.startswith("state")], lengths, reverse)
+        return (*(v.flatten(0, 1)[live] for v in y), *(v + 0 * sum(w.sum() for w in values) for v in final))
+
+    def result(f, dtype):
+        u = {k: v.detach().to(dtype).requires_grad_() for k, v in t.items()}
+        return gradients(f, u, cotangents(padded(*u.values())))
+
+    ours = Case(cell, T=case.T, B=5, reverse=reverse).call(backend, batch_sizes=sizes)
+    assert_close_to_truth(result(ours, torch.float32), result(padded, torch.float32), result(padded, torch.double))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
