@@ -201,8 +201,11 @@ class Outputs {
       if (!std::isnan(expected[i])) worst = std::fmax(worst, error);
       if (std::isnan(expected[i]) ? untouched : error <= 1) continue;
       char text[200];
-      std::snprintf(text, sizeof text, " %s[%zu of %zu] is %g, not %g;", o.name, i, expected.size(), value(element),
-                    expected[i]);
+      if (std::isnan(expected[i]))
+        std::snprintf(text, sizeof text, " %s[%zu of %zu] is nobody's, but was written;", o.name, i, expected.size());
+      else
+        std::snprintf(text, sizeof text, " %s[%zu of %zu] is %g, not %g;", o.name, i, expected.size(), value(element),
+                      expected[i]);
       wrong += text;
       return;
     }
