@@ -20,7 +20,7 @@ int barrier(int size, int rounds) {
   std::vector<int> slots(size, -1), wrong(size, 0);
   run_team(size, [&](int id) {
     for (int round = 0; round < rounds; round++) {
-      if ((round * 7 + id) % (size * 31) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      if ((round * 7 + id) % (size * 31) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
       slots[id] = round * size + id;
       barrier.wait(id);
       for (int other = 0; other < size; other++) wrong[id] += slots[other] != round * size + other;
