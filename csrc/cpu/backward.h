@@ -265,9 +265,10 @@ template <class Cell, class T, class P> class Backward {
   }
   static Team make_team(const BackwardArgs &q) {
     const int64_t step = q.B * G * q.H * q.R, after = std::min(chunk, q.T * q.B) * G * q.H * (q.R + 2 * q.I);
-    const Grid grid = choose_grid(worth(q.threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
+    const int threads = q.norms ? q.threads : Crowd::threads(q.threads, step); // norms are summed thread by thread
+    const Grid grid = choose_grid(worth(threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
                                   G * q.H * q.R * int64_t(sizeof(P)));
-    return Team(q, grid, std::max(grid.rows * grid.units, worth(q.threads, after / 16)));
+    return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)));
   }
 
 public:
@@ -317,6 +318,7 @@ public:
         leave(*walker);
       }
       for (const Weights<T> *w : {&dw_ih, &dw_hh, &dw_hr}) w->round(w->M * id / team.size, w->M * (id + 1) / team.size);
+      team.all.wait(id); // as in forward
     });
     for (int64_t m = 0; m < K; m += L) {
       if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);

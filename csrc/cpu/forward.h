@@ -188,7 +188,8 @@ template <class Cell, class T, class P> class Forward {
 
   static Team make_team(const ForwardArgs &q) {
     const int64_t weights = G * q.H * (q.R + (q.w_ih ? q.I : 0));
-    const Grid grid = choose_grid(worth(q.threads, q.B * G * q.H * q.R), q.B, vectors<T>(q.H), max_rows<G>,
+    const int64_t step = q.B * G * q.H * q.R;
+    const Grid grid = choose_grid(worth(Crowd::threads(q.threads, step), step), q.B, vectors<T>(q.H), max_rows<G>,
                                   weights * int64_t(sizeof(P)));
     return Team(q, grid, grid.rows * grid.units);
   }
@@ -237,6 +238,7 @@ public:
         for (int64_t i = i0; i < i1; i++) step(p, i);
       }
       leave(p);
+      team.all.wait(id); // OpenMP's own waiting spins for milliseconds, on a core that another process may want
     });
   }
 };

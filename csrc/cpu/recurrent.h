@@ -107,6 +107,11 @@ struct Team {
   Team(const Sequence &q, Grid g, int size) : size(size), grid(g), cut(cut_rows(q, g.rows)), all(size) {
     for (int k = 0; k < g.rows; k++) groups.emplace_back(g.units);
   }
+  ~Team() {
+    int waits = all.waits;
+    for (const Barrier &b : groups) waits += b.waits;
+    Crowd::note(waits);
+  }
   bool walks(int id) const { return id < grid.rows * grid.units; }
   Part part(int id, int64_t NV, int64_t RV) { // of one that walks
     const int group = id / grid.units, n = grid.units;

@@ -43,6 +43,7 @@ class Barrier {
     const auto behind = [&] { return other.load(std::memory_order_acquire) - now < 0; };
     for (int i = 0; i < spins; i++, relax())
       if (!behind()) return;
+    waits.fetch_add(1, std::memory_order_relaxed);
     for (int i = 0; i < yields; i++, std::this_thread::yield())
       if (!behind()) return;
 #if defined(__linux__)
@@ -56,6 +57,7 @@ class Barrier {
   }
 
 public:
+  std::atomic<int> waits{0}; // how often someone waited so long that a core must have been missing
   explicit Barrier(int size) : lines(size) {}
   void wait(int id) {
     const int size = int(lines.size());
@@ -68,6 +70,28 @@ public:
       syscall(SYS_futex, &own, FUTEX_WAKE_PRIVATE, size, nullptr, nullptr, 0);
 #endif
     for (int other = 1; other < size; other++) wait_for(lines[(id + other) % size].epoch, now);
+  }
+};
+
+// Where others use the cores, a team whose steps are short waits for time slices and not for work: after a call like
+// that the next ones are left to one thread, whose results are the same bits.
+class Crowd {
+  static constexpr int many = 8, rest = 64;               // waits of a call, calls until the next try
+  static constexpr int64_t short_step = int64_t(1) << 21; // multiply-adds
+  static std::atomic<int> &calls() {
+    static std::atomic<int> left{0};
+    return left;
+  }
+
+public:
+  static int threads(int wanted, int64_t multiply_adds_per_step) {
+    if (wanted == 1 || multiply_adds_per_step > short_step || calls().load(std::memory_order_relaxed) <= 0)
+      return wanted;
+    calls().fetch_sub(1, std::memory_order_relaxed);
+    return 1;
+  }
+  static void note(int waits) {
+    if (waits >= many) calls().store(rest, std::memory_order_relaxed);
   }
 };
 
@@ -90,9 +114,9 @@ template <class F> inline void run_team(int threads, F f) {
     int got = 0;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp single
-      got = omp_get_num_threads();
-      if (got == threads) f(omp_get_thread_num());
+      const int id = omp_get_thread_num(), size = omp_get_num_threads();
+      if (id == 0) got = size;
+      if (size == threads) f(id);
     }
     if (got == threads) return;
   }
