@@ -12,6 +12,7 @@ gradient shows in the first steps, where what is allowed is some 1e-5.)
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -261,6 +262,9 @@ def run(args: argparse.Namespace) -> int:
     if args.memory_of:
         print(json.dumps({"peak_memory_bytes": memory_of(args, args.memory_of)}))
         return 0
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
     out = sys.stderr if args.json else sys.stdout
     print(
         f"Two {args.cell.upper()} layers of {args.hidden} units on the standard library's sources, {args.batch} x "

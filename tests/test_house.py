@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import gradkernels as gk
+from bench.readme import rewritten
 from gradkernels import demo
 from gradkernels.__main__ import main
 
@@ -199,6 +200,10 @@ def test_readme_examples_run(tmp_path):
         (tmp_path / "example.py").write_text(block)
         found = python("-W", "error", str(tmp_path / "example.py"))
         assert found.returncode == 0, f"{block}\n{found.stderr}"
+
+
+def test_readme_numbers_are_those_of_the_committed_report():
+    assert rewritten(README) == README, "python -m bench.readme makes the table again"
 
 
 def test_readme_links_and_commands_exist():
