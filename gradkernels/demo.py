@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def train(args: argparse.Namespace, progress: Progress) -> dict[str, Trainer]:
         batches = data.batches()
         trainers[name] = Trainer(build(args, name), rows_reversed(batches) if name == NAMES[2] else batches)
     with progress:
-        done = 0
+        done, begin = 0, time.monotonic()
         while done < progress.total:
             count = min(TURN, progress.total - done)
             for name, trainer in trainers.items():
@@ -149,9 +150,9 @@ def train(args: argparse.Namespace, progress: Progress) -> dict[str, Trainer]:
                 rate = args.batch * args.length * count / sum(trainer.seconds[-count:])
                 progress.advance(name, count, f"loss {trainer.losses[-1]:.4f}  {rate:9,.0f} characters/s")
             done += count
-            if args.steps is None and done == TURN:
-                spent = sum(statistics.median(trainer.seconds) for trainer in trainers.values())
-                progress.total = min(MOST_STEPS, max(2, int(SECONDS / spent / TURN)) * TURN)
+            if args.steps is None:
+                fit = int(SECONDS / (time.monotonic() - begin) * done) // TURN * TURN
+                progress.total = min(MOST_STEPS, max(2 * TURN, done, fit))
     return trainers
 
 
