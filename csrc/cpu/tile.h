@@ -146,10 +146,6 @@ template <class P> struct Matrix {
   const P *panels = nullptr; // [vectors][K][G][L], `panel` apart
   ptrdiff_t panel = 0, steps = 0;
   const Real<P> *bias = nullptr; // [vectors][G][L] or null
-  // The same rows of weights, from sum step `from` on.
-  Matrix part(int G, ptrdiff_t from, ptrdiff_t count) const {
-    return {panels + from * G * lanes<P> * Dot<P>::depth, panel, count, bias};
-  }
 };
 
 template <int G, class P, class Row, class Done>
