@@ -72,6 +72,12 @@ class Cell:
     def __reduce__(self) -> tuple:  # without the bound functions, which do not pickle
         return Cell, (self.name, self.G, self.S, self.P, self.A, self.split, self.second, self.source)
 
+    @property
+    def projects(self) -> bool:
+        """Whether the first state may be of another width than the units: only the recurrent product reads it."""
+        source = self.source
+        return "s[0]" not in source[source.index("def forward(") : source.index("def backward(")] and not self.second
+
     @functools.cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The printed functions over torch tensors, by name."""

@@ -40,7 +40,7 @@ class RNNBase(nn.RNNBase):
         self.mode = mode if isinstance(mode, str) else cell.name
         if cells.CELLS.get(self.cell) != cell:
             self.unlisted = cell
-        if self.proj_size and _uses_state(cell):
+        if self.proj_size and not cell.projects:
             raise ValueError(f"proj_size needs a cell that uses h in its recurrent product only, not {cell.name}")
         if backend is not None:
             self.backend = backend
@@ -395,12 +395,6 @@ class Recurrent(RNNBase):
 
     def extra_repr(self) -> str:
         return f"{self.mode!r}, {super().extra_repr()}"
-
-
-def _uses_state(cell: cells.Cell) -> bool:
-    """Whether h meets the units one by one: its width must then be theirs."""
-    text = cell.source.split("\ndef ")
-    return any("s[0]" in part for part in text if part.removeprefix("def ").startswith(("forward(", "operand(")))
 
 
 def _refuse_projection(args: tuple, kwargs: dict[str, Any], position: int) -> None:

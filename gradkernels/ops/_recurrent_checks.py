@@ -21,12 +21,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHTS = ("weight_ih", "bias_ih", "weight_hh", "bias_hh", "weight_hr")
 
 
-def _projects(cell: Cell) -> bool:
-    """Only the recurrent product reads the first state, so that it may be of another width than the others."""
-    source = cell.source
-    return "s[0]" not in source[source.index("def forward(") : source.index("def backward(")] and not cell.second
-
-
 def _wrong(name: str, v: Tensor, want: Sequence[object], because: str = "") -> NoReturn:
     raise RuntimeError(f"{name} must have shape {list(want)}{because}, got {list(v.shape)}")
 
@@ -106,7 +100,7 @@ def check_forward(
     else:
         if weight_hr.shape != (R, H):
             _wrong("weight_hr", weight_hr, (R, H), f" beside weight_hh {list(w)}")
-        if not _projects(cell):
+        if not cell.projects:
             raise ValueError(
                 f"cell {cell.name} cannot have weight_hr: it uses its first state outside the recurrent product"
             )
