@@ -29,8 +29,6 @@ class RNNCellBase(TorchRNNCellBase):
     def _step(self, cell: str, x: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """x [B, I] or [I], states [B, H] or [H] -> new states of the same shape. Ranks have been looked at; here the sizes are."""
         rank = x.dim()
-        if rank not in (1, 2):
-            raise ValueError(f"{self.kind}: Expected input to be 1D or 2D, got {rank}D instead")
         if rank == 1:
             x = x.unsqueeze(0)
             if states is not None:
@@ -62,14 +60,16 @@ class RNNCellBase(TorchRNNCellBase):
             new = leave_autocast((x if states is None else states[0]).dtype, *new)
         return new if rank == 2 else tuple(h.squeeze(0) for h in new)
 
+    def _check_rank(self, what: str, v: Tensor) -> None:
+        if v.dim() not in (1, 2):
+            raise ValueError(f"{self.kind}: Expected {what} to be 1D or 2D, got {v.dim()}D instead")
+
     def _one(self, cell: str, x: Tensor, hx: Tensor | None) -> Tensor:
         """A step of a cell with a single state."""
-        if x.dim() not in (1, 2):
-            raise ValueError(f"{self.kind}: Expected input to be 1D or 2D, got {x.dim()}D instead")
+        self._check_rank("input", x)
         if hx is None:
             return self._step(cell, x, None)[0]
-        if hx.dim() not in (1, 2):
-            raise ValueError(f"{self.kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        self._check_rank("hidden", hx)
         return self._step(cell, x, (hx,))[0]
 
     def extra_repr(self) -> str:
@@ -105,13 +105,11 @@ class LSTMCell(RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype, backend=backend)
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, ...]:
+        self._check_rank("input", input)  # torch looks at this first
         if hx is None:
             return self._step("lstm", input, None)
-        if input.dim() not in (1, 2):  # torch looks at this first
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for k, value in enumerate(hx):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {value.dim()}D instead")
+            self._check_rank(f"hx[{k}]", value)
         if isinstance(hx, Tensor):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
