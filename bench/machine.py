@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import wait_share, waited
+from bench.measure import wait_share, waited, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = [(1024, 1024, 1024), (2048, 2048, 1024), (4096, 1024, 256), (4096, 1024, 1024)]  # m, n, k
@@ -84,17 +84,6 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
-def fastest(call: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call in about that much time, three at least."""
-    call()
-    best, end, n = float("inf"), time.perf_counter() + seconds, 0
-    while n < 3 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        call()
-        best, n = min(best, time.perf_counter() - begin), n + 1
-    return best
-
-
 def products(dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Callable[[], object]]]:
     """Ways that torch has to multiply [m, k] by [n, k]^T. MKL uses half the vector units of an AMD CPU, so oneDNN is asked too."""
     own = "MKL" if dtype == torch.float32 and torch.backends.mkl.is_available() else "torch"
@@ -121,7 +110,7 @@ def matmul_rate(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         for m, n, k in PRODUCTS:
             a, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
             for name, make in ways.items():
-                rates[name] = max(rates.get(name, 0.0), 2e-9 * m * n * k / fastest(make(a, w), each))
+                rates[name] = max(rates.get(name, 0.0), 2e-9 * m * n * k / warm(make(a, w), each, 4))
     by = max(rates, key=rates.__getitem__)
     return {"gflops": rates[by], "by": by, "all": rates}
 
@@ -130,7 +119,7 @@ def copy_rate(seconds: float) -> dict[str, Any]:
     """GB/s read and written by torch's copy of a tensor beyond the caches."""
     size = COPIED << 20
     a, b = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    return {"gbs": 2e-9 * size / fastest(lambda: b.copy_(a), seconds), "by": f"copy_ of {COPIED} MiB"}
+    return {"gbs": 2e-9 * size / warm(lambda: b.copy_(a), seconds, 4), "by": f"copy_ of {COPIED} MiB"}
 
 
 def limits(seconds: float = 6.0) -> dict[str, Any]:

@@ -87,10 +87,10 @@ class Plan:
         return Plan(max(1, math.ceil(LEAD / seconds)), calls, 1 if seconds > 0.1 else max(3, min(20, fit)))
 
 
-def warm(call: Callable[[], object], seconds: float) -> float:
-    """Calls it for about that long, twice at least; returns the seconds that the fastest took."""
+def warm(call: Callable[[], object], seconds: float, least: int = 2) -> float:
+    """Calls it for about that long, `least` times at least; returns the seconds that the fastest took."""
     best, end, n = float("inf"), time.perf_counter() + seconds, 0
-    while n < 2 or time.perf_counter() < end:
+    while n < least or time.perf_counter() < end:
         begin = time.perf_counter()
         call()
         best, n = min(best, time.perf_counter() - begin), n + 1
