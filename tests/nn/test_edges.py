@@ -2,28 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
-from torch.utils._pytree import tree_leaves
 
-import gradkernels as gk
+from tests.nn.pairs import close, pair, tensors
 
 KINDS = ("LSTM", "GRU", "RNN")
-
-
-def pair(kind, backend, *args, **kwargs):
-    theirs = getattr(nn, kind)(*(args or (3, 5)), **kwargs)
-    ours = getattr(gk.nn, kind)(*(args or (3, 5)), **kwargs, backend=backend)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-def tensors(tree):
-    return [v for v in tree_leaves(tree) if isinstance(v, torch.Tensor)]
-
-
-def close(a, b, **kwargs):
-    torch.testing.assert_close(tensors(a), tensors(b), **kwargs)
 
 
 def with_gradients(layer, x, *args):

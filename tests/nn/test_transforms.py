@@ -11,32 +11,16 @@ from torch.export import Dim, export
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
 from tests.close import assert_close_to_truth
 from tests.nn.loop import Loop
+from tests.nn.pairs import close, pair, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("LSTM", "GRU", "RNN")
 X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
-
-
-def pair(kind, backend, *args, dtype=None, **kwargs):
-    torch.manual_seed(0)
-    theirs = getattr(nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype)
-    ours = getattr(gk.nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype, backend=backend)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-def tensors(tree):
-    return [v for v in tree_leaves(tree) if isinstance(v, torch.Tensor)]
-
-
-def close(a, b, **kwargs):
-    torch.testing.assert_close(tensors(a), tensors(b), **kwargs)
 
 
 def total(tree):
