@@ -133,23 +133,8 @@ class Recurrent(Function):
         need = list(ctx.needs_input_grad[5:11])
         norms = probe is not None and ctx.needs_input_grad[11]
         if torch.compiler.is_compiling() or not differentiated():  # a compiled graph has no second derivative
-            out = op.backward(
-                cell,
-                grads,
-                x,
-                w_ih,
-                w_hh,
-                w_hr,
-                saved,
-                state,
-                batch_sizes,
-                lengths,
-                reverse,
-                need,
-                False,
-                norms,
-                backend,
-            )
+            how = reverse, need, False, norms, backend
+            out = op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)
         else:
             tensors = x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *saved, *grads
             out = apply(RecurrentBackward)(
@@ -185,25 +170,8 @@ class RecurrentBackward(Function):
     ):
         S = op.cell_of(cell).S
         state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
-        return tuple(
-            op.backward(
-                cell,
-                grads,
-                x,
-                w_ih,
-                w_hh,
-                w_hr,
-                saved,
-                state,
-                batch_sizes,
-                lengths,
-                reverse,
-                list(need),
-                gates,
-                norms,
-                backend,
-            )
-        )
+        how = reverse, list(need), gates, norms, backend
+        return tuple(op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
