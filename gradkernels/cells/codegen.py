@@ -79,7 +79,7 @@ def struct(cell: Cell) -> str:
         raise ValueError(f"a C++ struct cannot be named after cell '{cell.name}'")
     shared = "true" if not cell.split else "false"
     lines = [
-        f"struct {_type_name(cell)} {{",
+        f"struct {type_name(cell)} {{",
         f'  static constexpr const char *name = "{cell.name}";',
         f"  static constexpr int G = {cell.G}, S = {cell.S}, P = {cell.P}, A = {cell.A}, Q = {len(cell.second)};",
         f"  static constexpr bool shared = {shared};",
@@ -93,8 +93,8 @@ def struct(cell: Cell) -> str:
 def header(cells: Iterable[Cell]) -> str:
     """All of csrc/cells.gen.h."""
     cells = list(cells)
-    cases = "".join(f"  if (name == {_type_name(c)}::name) return f({_type_name(c)}{{}});\n" for c in cells)
-    return _TEMPLATE.format(structs="\n".join(map(struct, cells)), cases=cases, first=_type_name(cells[0]))
+    cases = "".join(f"  if (name == {type_name(c)}::name) return f({type_name(c)}{{}});\n" for c in cells)
+    return _TEMPLATE.format(structs="\n".join(map(struct, cells)), cases=cases, first=type_name(cells[0]))
 
 
 _TEMPLATE = """\
@@ -123,7 +123,7 @@ template <class F> auto with_cell(const std::string &name, F f) -> decltype(f({f
 """
 
 
-def _type_name(cell: Cell) -> str:
+def type_name(cell: Cell) -> str:
     return "".join(part.capitalize() for part in cell.name.split("_"))
 
 
