@@ -35,8 +35,8 @@ _RESULTS = {
 }
 
 
-def struct(cell: Cell) -> str:
-    """The C++ struct of a cell; csrc/cells.gen.h says what its members are.
+def struct(cell: Cell, qualifiers: str = "static inline") -> str:
+    """The C++ struct of a cell; csrc/cells.gen.h says what its members are. `qualifiers`: of its functions.
 
     Raises:
         NotImplementedError: it has per-unit parameters or `mean`, which the C++ drivers do not have.
@@ -86,8 +86,50 @@ def struct(cell: Cell) -> str:
     ]
     for name, results in _RESULTS.items():
         if name in functions:
-            lines += ["", *_function(functions[name], results)]
+            lines += ["", *_function(functions[name], results, qualifiers)]
     return "\n".join([*lines, "};\n"])
+
+
+def device_struct(cell: Cell) -> str:
+    """The text of cells.cuh, which every CUDA kernel includes: the struct of one cell, over the functions of math.cuh.
+
+    Raises:
+        NotImplementedError, ValueError: as `struct`.
+
+    >>> from gradkernels.cells import get
+    >>> print(device_struct(get("rnn_relu")))  # doctest: +ELLIPSIS
+    // The cell rnn_relu, printed by gradkernels/cells/codegen.py.
+    #pragma once
+    #include "math.cuh"
+    <BLANKLINE>
+    namespace gk {
+    <BLANKLINE>
+    struct RnnRelu {
+      static constexpr const char *name = "rnn_relu";
+      static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
+      static constexpr bool shared = true;
+    <BLANKLINE>
+      template <class V>
+      GK_DEVICE static void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
+        t[0] = relu(x[0] + r[0]);
+      }
+    ...
+    } // namespace gk
+    <BLANKLINE>
+    """
+    return _DEVICE.format(name=cell.name, struct=struct(cell, "GK_DEVICE static"))
+
+
+_DEVICE = """\
+// The cell {name}, printed by gradkernels/cells/codegen.py.
+#pragma once
+#include "math.cuh"
+
+namespace gk {{
+
+{struct}
+}} // namespace gk
+"""
 
 
 def header(cells: Iterable[Cell]) -> str:
@@ -147,7 +189,7 @@ def _expression(node: ast.expr) -> str:
     return ast.unparse(_Numbers().visit(node))
 
 
-def _function(node: ast.FunctionDef, results: dict[str, str]) -> list[str]:
+def _function(node: ast.FunctionDef, results: dict[str, str], qualifiers: str) -> list[str]:
     read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     body: list[str] = []
     tuples: dict[str, list[ast.expr]] = {}
@@ -171,7 +213,7 @@ def _function(node: ast.FunctionDef, results: dict[str, str]) -> list[str]:
     declare = lambda name, text: text.format(name if name in mentioned else "")
     given = ", ".join(declare(a.arg, _PARAMETERS[a.arg]) for a in node.args.args)
     made = ", ".join(declare(*item) for item in results.items())
-    head = f"static inline void {node.name}({given}, {made}) {{"
+    head = f"{qualifiers} void {node.name}({given}, {made}) {{"
     head = head if len(head) < 118 else head.replace(f", {made}", f",\n      {made}")
     return [f"  {line}" for line in ["template <class V>", head, *(f"  {line}" for line in body), "}"]]
 

@@ -90,9 +90,9 @@ def compiler():
     return found or pytest.skip("no C++ compiler: the header is compiled where there is one")
 
 
-def build(cells, folder):
+def build(cells, folder, header=codegen.header):
     """The program with a header of these cells."""
-    (folder / "cells.gen.h").write_text(codegen.header(cells), encoding="utf-8")
+    (folder / "cells.gen.h").write_text(header(cells), encoding="utf-8")
     (folder / "main.cpp").write_text(PROGRAM)
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     command = [compiler(), *flags, "main.cpp", "-o", "main"]
@@ -153,6 +153,31 @@ def test_other_cells_in_cpp(zoo, random_cell, tmp_path):
     program = build(able, tmp_path)
     for c in able:
         compare(c, program)
+
+
+def test_device_structs_in_cpp(tmp_path):
+    """What a CUDA kernel includes, one cell to a file, in the place of the host's header."""
+    (tmp_path / "math.cuh").write_text("#pragma once\n#define GK_DEVICE inline\n")
+
+    def header(cells):
+        for c in cells:
+            (tmp_path / f"{c.name}.cuh").write_text(codegen.device_struct(c), encoding="utf-8")
+        host = codegen.header(cells)
+        includes = "".join(f'#include "{c.name}.cuh"\n' for c in cells)
+        before, after = host[: host.index("namespace gk {")], host[host.index("// f(Cell{}) of the cell") :]
+        return f"{before}{includes}namespace gk {{\n{after}"
+
+    program = build(list(CELLS.values()), tmp_path, header)
+    for c in CELLS.values():
+        compare(c, program)
+
+
+def test_device_struct_includes_only_the_mathematics():
+    for c in CELLS.values():
+        text = codegen.device_struct(c)
+        assert [line for line in text.splitlines() if "#include" in line] == ['#include "math.cuh"']
+        functions = text.count("template <class V>")
+        assert text.count("GK_DEVICE static void") == functions == (4 if c.second else 2) and "inline" not in text
 
 
 def test_what_cpp_cannot_do_is_refused(zoo):
