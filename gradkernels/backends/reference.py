@@ -109,8 +109,9 @@ def previous(y: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tenso
     """The state entering every packed row, [N, R], by an index."""
     N, B = y.shape[0], h0.shape[0]
     row, sizes = torch.arange(N, device=y.device), batch_sizes.to(y.device)
-    step = torch.repeat_interleave(torch.arange(sizes.shape[0], device=y.device), sizes, output_size=N)
-    j, none = row - (sizes.cumsum(0) - sizes)[step], sizes.new_zeros(1)
+    ends, none = sizes.cumsum(0), sizes.new_zeros(1)
+    step = torch.searchsorted(ends, row, right=True)
+    j = row - (ends - sizes)[step]
     if reverse:
         index = torch.where(j < torch.cat([sizes[1:], none])[step], B + row + sizes[step], j)
     else:
@@ -118,29 +119,41 @@ def previous(y: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tenso
     return torch.cat([h0, y])[index]
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, [n, p] and [n, q] -> [p, q]: a sum over all tokens, in 32 bits where the numbers have 16."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a.t() @ b
+    if a.is_cuda and torch.version.hip is None:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t().float() @ b.float()
+
+
 def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_sizes, reverse, need, mapped=None):
     """Gradients of (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr), in that order, those that `need[1:]` asks for.
 
-    Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], x [N, I], y [N, R], raw [N, H]; h0 [B, R].
+    Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], x [N, I], y [N, R], raw [N, H]; h0 [B, R], or None
+    where y is the state that enters each row already.
     `mapped`: rows of so many independent batches lie side by side, [N * mapped, ...], and so do those of h0; each gradient
     then has a leading dimension of that size."""
     if mapped is not None:
         apart = lambda v: v.reshape(v.shape[0] // mapped, mapped, v.shape[1])
-        product = lambda a, b: torch.bmm(apart(a).permute(1, 2, 0), apart(b).transpose(0, 1))
+        of = lambda a, b: torch.bmm(apart(a).permute(1, 2, 0), apart(b).transpose(0, 1))
         total = lambda a: apart(a).sum(0)
     else:
-        product, total = lambda a, b: a.t() @ b, lambda a: a.sum(0)
+        of, total = product, lambda a: a.sum(0)
     H = dr.shape[1] // cell.G
     K = dr.shape[1] - len(cell.second) * H
     out = []
     if need[1]:
-        out.append(product(dgates, x))
+        out.append(of(dgates, x))
     if need[2]:
         out.append(total(dgates))
     if need[3]:
         first = dr[:, :K]
-        if batch_sizes is not None:
-            dw = product(first, previous(y, h0, batch_sizes, reverse))
+        if h0 is None:
+            dw = of(first, y)
+        elif batch_sizes is not None:
+            dw = of(first, previous(y, h0, batch_sizes, reverse))
         else:
             n = max(0, y.shape[0] - h0.shape[0])
             start, others, before = (
@@ -148,12 +161,12 @@ def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_size
                 if reverse
                 else (first[: first.shape[0] - n], first[first.shape[0] - n :], y[:n])
             )
-            dw = product(start, h0[: start.shape[0]]) + product(others, before)
-        out.append(torch.cat([dw, product(dr[:, K:], operand)], -2) if cell.second else dw)
+            dw = of(start, h0[: start.shape[0]]) + of(others, before)
+        out.append(torch.cat([dw, of(dr[:, K:], operand)], -2) if cell.second else dw)
     if need[4]:
         out.append(total(dr))
     if need[5]:
-        out.append(product(dproj, raw))
+        out.append(of(dproj, raw))
     return out
 
 
