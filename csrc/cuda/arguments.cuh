@@ -32,28 +32,73 @@ struct Team {
 struct ForwardArgs {
   Walk walk;
   Team team;
-  const void *gates;               // [N, G * H] input pre-activations
-  const void *w_hh, *b_hh;         // [G * H, H]; [G * H] or null
-  const void *state[max_states];   // [B, H] entering
-  void *seq[max_states];           // [N, H], null where not wanted
-  void *final_state[max_states];   // [B, H]
-  void *acts;                      // [N, A, H], or null
+  const void *gates;             // [N, G * H] input pre-activations
+  const void *w_hh, *b_hh;       // [G * H, H]; [G * H] or null
+  const void *state[max_states]; // [B, H] entering
+  void *seq[max_states];         // [N, H], null where not wanted
+  void *final_state[max_states]; // [B, H]
+  void *acts;                    // [N, A, H], or null
 };
 
 struct BackwardArgs {
   Walk walk;
   Team team;
-  const void *w_hh;                  // [G * H, H]
-  const void *acts;                  // [N, A, H]
-  const void *seq[max_states];       // [N, H]
-  const void *state[max_states];     // [B, H]
-  const void *dseq[max_states];      // [N, H], null is zero
-  const void *dfinal[max_states];    // [B, H], null is zero
-  void *dgates;                      // [N, G * H]
-  void *dr;                          // [N, G * H]; null where the cell's dr is its dx
-  void *operand;                     // [N, H] what the second products were taken of; null where the cell has none
-  void *dstate[max_states];          // [B, H]
-  double *norms;                     // [T, blocks, S] squared norms of the states' adjoints, zero at launch; null
+  const void *w_hh;               // [G * H, H]
+  const void *acts;               // [N, A, H]
+  const void *seq[max_states];    // [N, H]
+  const void *state[max_states];  // [B, H]
+  const void *dseq[max_states];   // [N, H], null is zero
+  const void *dfinal[max_states]; // [B, H], null is zero
+  void *dgates;                   // [N, G * H]
+  void *dr;                       // [N, G * H]; null where the cell's dr is its dx
+  void *operand;                  // [N, H] what the second products were taken of; null where the cell has none
+  void *dstate[max_states];       // [B, H]
+  double *norms;                  // [T, blocks, S] squared norms of the states' adjoints, zero at launch; null
+};
+
+// One step of the walk, for the kernels of step.cuh: products are matrix products of the host's between their launches.
+// K = G - Q gates take theirs of the first state, R wide; the last Q of another value. float everywhere in what steps
+// hand one another, rows in the order of the walk.
+
+// What a launch does of its step. Cells with Q > 0: SECOND makes what the second products are taken of, then CELL
+// follows. With a projection: forward CELL, then PROJECT; backward the other way round.
+enum Stage { CELL, SECOND, PROJECT };
+
+struct StepForwardArgs {
+  Walk walk;
+  int step, stage;               // step of the walk; a Stage
+  int R;                         // width of the first state: H, or that of the projection
+  const void *gates;             // [N, G * H]
+  const void *b_hh;              // [G * H] or null
+  const float *product, *second; // [B, K * H], [B, Q * H] w_hh times operand and wide; second of a projection: [B, R]
+  float *state[max_states];      // [B, R], [B, H] .. as the step finds and leaves them
+  void *operand;         // [B, R] the first state in storage; null where that is float, and the state itself serves
+  void *wide;            // [B, H] what `second` is the product of; null where there is none
+  void *seq[max_states]; // [N, R], [N, H] .. or null
+  void *final_state[max_states]; // [B, R], [B, H] ..
+  void *raw;                     // [N, H] the output before projection, or null
+  void *acts;                    // [N, A, H] or null
+};
+
+struct StepBackwardArgs {
+  Walk walk;
+  int step, stage; // step -1 comes last: rows of step 0 get their dstate
+  int R;
+  int blocks;                    // of norms
+  const void *acts;              // [N, A, H]
+  const void *raw;               // [N, H] the output before projection; null where there is none
+  const void *seq[max_states];   // [N, R], [N, H] ..
+  const void *state[max_states]; // [B, R], [B, H] .. entering
+  const void *dseq[max_states];  // [N, R], [N, H] .. null is zero
+  const float *product;          // [B, R] what the step after this one sends to the first state through w_hh
+  const float *second;           // [B, H] wide times the second part of w_hh; of a projection, its operand times w_hr
+  float *adjoint[max_states];    // [B, R], [B, H] .. what it sends directly; of rows that have not begun, dfinal
+  void *operand;                 // [B, K * H] rows of dr; null where a step's rows lie together there
+  void *wide;               // [B, Q * H] adjoints of the second products; of a projection [B, R] rows of dproj, or null
+  void *dgates, *dr, *v;    // [N, G * H]; [N, G * H] and [N, H], null where the cell has none
+  void *dproj;              // [N, R]; null without projection
+  void *dstate[max_states]; // [B, R], [B, H] ..
+  double *norms;            // [T, blocks, S] squared norms of the states' adjoints, zero at launch; null
 };
 
 } // namespace gk

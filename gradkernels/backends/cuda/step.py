@@ -1,0 +1,283 @@
+"""The plan that goes step by step: a matrix product of torch's, then one kernel of csrc/cuda/step.cuh, and so on.
+
+It takes every cell, width, layout and projection. Nothing is read back from the device: where only the device knows the rows
+of a step, every launch is of all rows, and those that take no part stop at once. What a launch is told is one structure whose
+`step` moves on; the tensors that products read and write are the same in every step, or views that one call made.
+
+Dims: T steps, B batch, N tokens, H hidden units, R width of the first state, G gates, S states, A kept values, Q gates whose
+product is taken of another value than the first state, K = G - Q the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradkernels.backends import _sequence
+from gradkernels.cells import Cell
+from gradkernels.cells.codegen import type_name
+
+from .arguments import Stage, StepBackwardArgs, StepForwardArgs, Walk, address, addresses
+
+if TYPE_CHECKING:
+    from .driver import Machine
+
+UNITS = 4  # of a thread where rows are aligned to as many: 16 bytes of float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compiled form of the kernels of step.cuh."""
+
+    cell: Cell
+    number: str  # as in variant.py
+    V: int  # units of a thread
+
+    C: ClassVar[int] = 1
+    threads: ClassVar[int] = 256
+    cooperative: ClassVar[bool] = False
+    header: ClassVar[str] = "step.cuh"
+    struct: ClassVar[str]
+    arguments: ClassVar[str]
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, about: every value of V units at once, and addresses."""
+        c = self.cell
+        return min(255, 40 + self.V * (2 * c.G + 3 * c.S + c.A))
+
+    @property
+    def template(self) -> str:
+        return f"gk::{self.struct}<gk::{type_name(self.cell)}, gk::{self.number}, {self.V}>"
+
+    def source(self) -> str:
+        """The text that the compiler is given, besides the headers."""
+        return (
+            f'#include "{self.header}"\n'
+            f"using Kernel = {self.template};\n"
+            f"static_assert(Kernel::SHARED_BYTES == {self.shared_bytes} && Kernel::THREADS == {self.threads});\n"
+            f'extern "C" __global__ void __launch_bounds__({self.threads}) run(gk::{self.arguments} p) {{ Kernel::run(p); }}\n'
+        )
+
+    def blocks(self, rows: int, width: int) -> int:
+        return -(-rows * (width // self.V) // self.threads)
+
+
+@dataclass(frozen=True)
+class StepForward(Step):
+    struct: ClassVar[str] = "StepForward"
+    arguments: ClassVar[str] = "StepForwardArgs"
+
+
+@dataclass(frozen=True)
+class StepBackward(Step):
+    struct: ClassVar[str] = "StepBackward"
+    arguments: ClassVar[str] = "StepBackwardArgs"
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.threads // 32 * self.cell.S * 8  # sums of the norms
+
+
+def units(widths: Sequence[int], tensors: Sequence[Tensor | None]) -> int:
+    """Units of a thread: several where every row of all these tensors is aligned to as many."""
+    aligned = all(w % UNITS == 0 for w in widths) and all(
+        v is None or v.data_ptr() % (UNITS * v.element_size()) == 0 for v in tensors
+    )
+    return UNITS if aligned else 1
+
+
+def product(like: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """out[n, m] = a[n, k] @ b[k, m], all of it in float: a and b are stored as `like`, out is float32.
+
+    Of 16-bit factors torch makes a float32 result on CUDA devices only; elsewhere, which is in tests, they are converted."""
+    if like.dtype is torch.float32:
+        return lambda a, b, out: torch.mm(a, b, out=out)
+    if like.is_cuda:
+        return lambda a, b, out: torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    return lambda a, b, out: torch.mm(a.float(), b.float(), out=out)
+
+
+class Rows:
+    """How many rows the host launches in each step of the walk."""
+
+    def __init__(self, steps: _sequence.Steps, sizes: list[int] | None):
+        self.T, self.B = steps.T, steps.B
+        self.known = steps.rows is None or sizes is not None  # else only the device knows; here it is all of them
+        self.sizes = [self.B] * self.T if sizes is None else sizes  # in time
+        self.reverse = steps.reverse
+
+    def time(self, i: int) -> int:
+        return self.T - 1 - i if self.reverse else i
+
+    def __call__(self, i: int) -> int:
+        return self.sizes[self.time(i)] if 0 <= i < self.T else 0
+
+
+def walk(steps: _sequence.Steps, H: int) -> Walk:
+    return Walk(steps.T, steps.B, H, steps.reverse, address(steps.rows), address(steps.first), address(steps.order))
+
+
+def _in_order(v: Tensor, steps: _sequence.Steps) -> Tensor:
+    """[B, width] by columns of the batch -> by rows of the walk."""
+    return v if steps.order is None else v.index_select(0, steps.order)
+
+
+# ---------------------------------------------------------------- forward
+
+
+def forward(
+    machine: Machine,
+    number: str,
+    cell: Cell,
+    gates: Tensor,  # [N, G*H]
+    w_hh: Tensor,  # [G*H, R]
+    b_hh: Tensor | None,  # [G*H]
+    w_hr: Tensor | None,  # [R, H]
+    state: Sequence[Tensor],  # S of [B, R], [B, H] ..
+    steps: _sequence.Steps,
+    sizes: list[int] | None,  # [T] rows of each step in time; None: B, or nobody here knows
+    seq: Sequence[Tensor | None],  # S of [N, R], [N, H] ..
+    final: Sequence[Tensor],  # S of [B, R], [B, H] ..
+    raw: Tensor | None,  # [N, H]
+    acts: Tensor | None,  # [N, A, H]
+) -> None:
+    rows, Q = Rows(steps, sizes), len(cell.second)
+    (B, R), H = state[0].shape, w_hh.shape[0] // cell.G
+    KH = w_hh.shape[0] - Q * H
+    new = functools.partial(gates.new_empty, dtype=torch.float32)
+    half = gates.dtype is not torch.float32
+    current = [_in_order(v, steps).to(torch.float32, copy=True) for v in state]
+    operand = _in_order(state[0], steps).clone() if half else current[0]
+    gate = new(B, KH)
+    wide = gates.new_empty(B, H) if Q or w_hr is not None else None
+    second = new(B, Q * H) if Q else new(B, R) if w_hr is not None else None
+    for v, s in zip(final, state):  # of rows without a step
+        v.copy_(s)
+
+    given = [gates, b_hh, *seq, *final, raw, acts]  # what is allocated here is aligned
+    kernel = machine.kernel(StepForward(cell, number, units((H, R), given)))
+    args = StepForwardArgs(
+        walk(steps, H), 0, Stage.CELL, R, address(gates), address(b_hh), address(gate), address(second), addresses(current),
+        address(operand) if half else 0, address(wide), addresses(seq), addresses(final), address(raw), address(acts),
+    )  # fmt: skip
+    multiply, launch, blocks = product(gates), kernel.launch, kernel.variant.blocks
+    first, last = w_hh[:KH].t(), (w_hh[KH:] if Q else w_hr)
+    last = None if last is None else last.t()
+
+    @functools.cache
+    def views(n: int) -> tuple:
+        part = lambda v: None if v is None else v[:n]
+        return part(operand), part(gate), part(wide), part(second), blocks(n, H), blocks(n, R)
+
+    with _sequence._products(gates):
+        for i in range(steps.T):
+            n = rows(i)
+            h, r, w, r2, cells, projected = views(n)
+            multiply(h, first, r)
+            args.step = i
+            if Q:
+                args.stage = Stage.SECOND
+                launch(cells, args)
+                multiply(w, last, r2)
+                args.stage = Stage.CELL
+            launch(cells, args)
+            if w_hr is not None:
+                multiply(w, last, r2)
+                args.stage = Stage.PROJECT
+                launch(projected, args)
+                args.stage = Stage.CELL
+
+
+# ---------------------------------------------------------------- backward
+
+
+def backward(
+    machine: Machine,
+    number: str,
+    cell: Cell,
+    grads: Sequence[Tensor | None],  # S of [N, ..], S of [B, ..]; None is zero
+    w_hh: Tensor,  # [G*H, R]
+    w_hr: Tensor | None,  # [R, H]
+    seq: Sequence[Tensor],  # S of [N, R], [N, H] ..
+    raw: Tensor | None,  # [N, H]
+    acts: Tensor,  # [N, A, H]
+    state: Sequence[Tensor],  # S of [B, R], [B, H] ..
+    steps: _sequence.Steps,
+    sizes: list[int] | None,  # as for forward
+    dgates: Tensor,  # [N, G*H]
+    dr: Tensor,  # [N, G*H]
+    v: Tensor | None,  # [N, H]
+    dproj: Tensor | None,  # [N, R]
+    dstate: Sequence[Tensor],  # S of [B, R], [B, H] ..
+    norms: Tensor | None,  # float64 [T, S]
+) -> None:
+    rows, S, Q = Rows(steps, sizes), cell.S, len(cell.second)
+    (B, R), H = state[0].shape, w_hh.shape[0] // cell.G
+    KH = w_hh.shape[0] - Q * H
+    new, stored = functools.partial(dgates.new_empty, dtype=torch.float32), dgates.new_empty
+    adjoint = []
+    for s, d, g in zip(state, dstate, grads[S:]):
+        a = new(s.shape)
+        if g is None:
+            a.zero_(), d.zero_()
+        else:
+            a.copy_(_in_order(g, steps)), d.copy_(g)  # dstate of rows without a step
+        adjoint.append(a)
+    sent = new(B, R)
+    # Rows of a step that lie together are multiplied where they are.
+    operand = None if rows.known else stored(B, KH)
+    wide = stored(B, Q * H) if Q else None if w_hr is None or rows.known else stored(B, R)
+    second = new(B, H) if Q or w_hr is not None else None
+
+    given = [*grads, raw, acts, *seq, *state, dgates, dr, v, dproj, *dstate]
+    kernel = machine.kernel(StepBackward(cell, number, units((H, R), given)))
+    multiply, launch, blocks = product(dgates), kernel.launch, kernel.variant.blocks
+    parts = None
+    if norms is not None:
+        parts = norms.new_zeros(steps.T, max(blocks(B, H), blocks(B, R)), S)
+    args = StepBackwardArgs(
+        walk(steps, H), 0, Stage.CELL, R, 0 if parts is None else parts.shape[1], address(acts), address(raw), addresses(seq),
+        addresses(state), addresses(grads[:S]), address(sent), address(second), addresses(adjoint), address(operand),
+        address(wide), address(dgates), address(dr), address(v), address(dproj), addresses(dstate), address(parts),
+    )  # fmt: skip
+    first, last = w_hh[:KH], (w_hh[KH:] if Q else w_hr)
+    in_place = dr[:, :KH].split(rows.sizes) if rows.known else None
+    projected = dproj.split(rows.sizes) if rows.known and dproj is not None else None
+
+    @functools.cache
+    def views(n: int) -> tuple:
+        part = lambda v: None if v is None else v[:n]
+        return part(operand), part(wide), part(second), part(sent), blocks(n, H), blocks(n, R)
+
+    with _sequence._products(dgates):
+        for i in reversed(range(-1, steps.T)):
+            n, t = rows(i), rows.time(i)
+            here, w, r2, out, _, _ = views(n)
+            *_, cells, first_state = views(max(n, rows(i + 1)))  # with those that began in the step after
+            args.step = i
+            if w_hr is not None:
+                args.stage = Stage.PROJECT
+                launch(first_state, args)
+                args.stage = Stage.CELL
+                if i >= 0:
+                    multiply(w if projected is None else projected[t], last, r2)
+            if Q and i >= 0:
+                args.stage = Stage.SECOND
+                launch(cells, args)
+                multiply(w, last, r2)
+                args.stage = Stage.CELL
+            launch(cells, args)
+            if i >= 0:
+                multiply(here if in_place is None else in_place[t], first, out)
+    if norms is not None:
+        torch.sum(parts, 1, out=norms)
