@@ -6,6 +6,7 @@ A backend is a module with `forward`, `backward` and `why_not`; `reference.py` s
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 from types import ModuleType
@@ -16,8 +17,11 @@ from gradkernels.cells import CELLS, Cell
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("reference", "cpu")
-_PREFERRED = {"cpu": "cpu"}  # device type -> the backend to try first; `reference` runs wherever torch does
+_HERE = os.path.dirname(__file__)
+NAMES = ("reference", "cpu", *(n for n, f in (("triton", "__init__"), ("cuda", "plan")) if os.path.exists(f"{_HERE}/{n}/{f}.py")))
+# device type -> the backends to try, the best first; `reference` runs wherever torch does. ROCm calls its devices "cuda" too.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_ELSEWHERE = ("triton",)
 _chosen: dict[tuple[object, ...], tuple[ModuleType, Cell]] = {}
 _thread = threading.local()
 
@@ -43,22 +47,24 @@ def choose(backend: str | None, cell: Cell, dtype: torch.dtype, device: torch.de
     """The module that runs this call: the one named, or the best that can.
 
     ValueError for an unknown name; RuntimeError, with the reason, when the backend that was named cannot run this call."""
-    key = (backend, id(cell), dtype, device.type)
+    key = (backend, id(cell), dtype, device)
     known = _chosen.get(key)
     if known is not None:
         return known[0]
-    name = backend or _PREFERRED.get(device.type, "reference")
-    reason = _why_not(name, cell, dtype, device)
-    if reason is not None and backend is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device.type}: {reason}")
-    found = load(name if reason is None else "reference")
+    for name in (backend,) if backend else (*_PREFERRED.get(device.type, _ELSEWHERE), "reference"):
+        reason = _why_not(name, cell, dtype, device)
+        if reason is None:
+            break
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device}: {reason}")
+    found = load(name)
     _chosen[key] = found, cell  # the cell is kept, so that its id stays its own
     return found
 
 
 def _why_not(name: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
     module = load(name)
-    if name != "reference" and CELLS.get(cell.name) != cell:  # compiled code knows cells by name
+    if name == "cpu" and CELLS.get(cell.name) != cell:  # what was compiled beforehand knows cells by name
         return f"{cell.name!r} is not one of the package's cells, which are {', '.join(CELLS)}"
     return module.why_not(cell, dtype, device)
 
