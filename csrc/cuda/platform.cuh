@@ -1,6 +1,6 @@
 // What a kernel may use of the machine, and nothing else. One list, two implementations:
 //   on a GPU   this file, a few lines of PTX each and no CUDA header, so that NVRTC needs no include path;
-//   on a CPU   tests/cuda_on_cpu/twin.h, the same names on fibers, every synchronising call a site that a test can leave out.
+//   on a CPU   tests/cuda_on_cpu/twin.h, the same names on fibers, with synchronising calls that a test can leave out.
 // Addresses are generic pointers. Blocks and threads are one-dimensional; a warp is 32 threads.
 #pragma once
 #if !defined(__CUDACC__)
@@ -65,25 +65,49 @@ GK_DEVICE void store(fp16 &v, float f) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.b
 GK_DEVICE void store(tf32 &v, float f) { v.value = f; }
 GK_DEVICE void store(fp32 &v, float f) { v.value = f; }
 
-// Within two units in the last place.
-GK_DEVICE float exp2_fast(float x) {
+// What mma takes of a register of stored values, and two floats as such registers, the first in the low bits: rounded
+// to the number type, tf32 too.
+GK_DEVICE unsigned nearest_tf32(unsigned bits) {
+  unsigned r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(as_float(bits)));
+  return r;
+}
+GK_DEVICE unsigned as_operand(unsigned bits, bf16) { return bits; }
+GK_DEVICE unsigned as_operand(unsigned bits, fp16) { return bits; }
+GK_DEVICE unsigned as_operand(unsigned bits, tf32) { return nearest_tf32(bits); }
+GK_DEVICE unsigned as_operand(unsigned bits, fp32) { return bits; }
+GK_DEVICE void pack(unsigned (&w)[1], float low, float high, bf16) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[0]) : "f"(high), "f"(low));
+}
+GK_DEVICE void pack(unsigned (&w)[1], float low, float high, fp16) {
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[0]) : "f"(high), "f"(low));
+}
+template <class X> GK_DEVICE void pack(unsigned (&w)[2], float low, float high, X number) {
+  w[0] = as_operand(as_bits(low), number), w[1] = as_operand(as_bits(high), number);
+}
+
+// 1 / x to one unit in the last place; results below 2^-126 are 0.
+GK_DEVICE float reciprocal(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
 // ---------------------------------------------------------------- one block
 
 GK_DEVICE void block_sync() { __syncthreads(); }
-GK_DEVICE unsigned window(const void *p) { return unsigned(__cvta_generic_to_shared(p)); } // 32-bit address in shared memory
+// A 32-bit address in shared memory.
+GK_DEVICE unsigned window(const void *p) { return unsigned(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes from global to shared memory, past L1. Copies belong to the group that the next commit closes;
-// copy_wait returns when at most PENDING groups of this thread are under way.
+// Starts a copy of 16 bytes from global to shared memory, past L1. Copies belong to the group that the next commit
+// closes; copy_wait returns when at most PENDING groups of this thread are under way.
 GK_DEVICE void copy16_async(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(window(to)), "l"(from) : "memory");
 }
 GK_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING = 0> GK_DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+template <int PENDING = 0> GK_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // Past L1, which does not see what other multiprocessors write.
 GK_DEVICE Chunk load_fresh(const Chunk *p) {
@@ -97,13 +121,19 @@ GK_DEVICE Chunk load_fresh(const Chunk *p) {
 
 // ---------------------------------------------------------------- one warp
 
+GK_DEVICE void warp_sync() { __syncwarp(); } // lanes meet, and see what the others wrote
+GK_DEVICE unsigned shuffle_xor(unsigned v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 GK_DEVICE float shuffle_xor(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 GK_DEVICE double shuffle_xor(double v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 
-// Tiles of 8 rows x 16 bytes; lane l names row l % 8 of tile l / 8. Lane l receives bytes [4 (l % 4), + 4) of row l / 4 of
-// every tile.
+// Tiles of 8 rows x 16 bytes; lane l names row l % 8 of tile l / 8. Lane l receives bytes [4 (l % 4), + 4) of row l / 4
+// of every tile. load_tiles_transposed: bytes of two-byte elements, lane l receives elements l / 4 of rows 2 (l % 4)
+// and + 1.
 GK_DEVICE void load_tiles(unsigned (&r)[2], const void *row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(window(row)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(window(row))
+               : "memory");
 }
 GK_DEVICE void load_tiles(unsigned (&r)[4], const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -112,28 +142,33 @@ GK_DEVICE void load_tiles(unsigned (&r)[4], const void *row) {
                : "memory");
 }
 
+GK_DEVICE void load_tiles_transposed(unsigned (&r)[2], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(window(row))
+               : "memory");
+}
+GK_DEVICE void load_tiles_transposed(unsigned (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(window(row))
+               : "memory");
+}
+
 // d[16 x 8] += a[16 x K] b[K x 8] with K elements in 32 bytes: 16 of two bytes, 8 of four. Accumulation in float.
-// With l = lane: d[i] is row l / 4 + 8 (i / 2), column 2 (l % 4) + i % 2. a[i] is bytes [4 (l % 4) + 16 (i / 2), + 4) of row
-// l / 4 + 8 (i % 2). b[i] is bytes [4 (l % 4) + 16 i, + 4) of column l / 4. In bytes that holds for every number type.
-#define GK_MMA(shape, type)                                                                                                \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "      \
-               "{%0,%1,%2,%3};"                                                                                            \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+// With l = lane: d[i] is row l / 4 + 8 (i / 2), column 2 (l % 4) + i % 2. a[i] is bytes [4 (l % 4) + 16 (i / 2), + 4)
+// of row l / 4 + 8 (i % 2). b[i] is bytes [4 (l % 4) + 16 i, + 4) of column l / 4. In bytes that holds for every number
+// type. Registers of tf32 are as_operand.
+#define GK_MMA(shape, type)                                                                                            \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "  \
+               "{%0,%1,%2,%3};"                                                                                        \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) { GK_MMA("m16n8k16", "bf16"); }
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16) { GK_MMA("m16n8k16", "f16"); }
-GK_DEVICE unsigned nearest_tf32(unsigned bits) {
-  unsigned r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(as_float(bits)));
-  return r;
-}
 GK_DEVICE void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { GK_MMA("m16n8k8", "tf32"); }
 #undef GK_MMA
-GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], tf32) {
-  const unsigned x[4] = {nearest_tf32(a[0]), nearest_tf32(a[1]), nearest_tf32(a[2]), nearest_tf32(a[3])};
-  const unsigned y[2] = {nearest_tf32(b[0]), nearest_tf32(b[1])};
-  mma_tf32(d, x, y);
-}
+GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], tf32) { mma_tf32(d, a, b); }
 // Each operand is a sum of two: what tf32 holds of it, and what tf32 holds of the rest.
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp32) {
   unsigned x[4], x_rest[4], y[2], y_rest[2];
@@ -152,17 +187,15 @@ GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]
 
 // ---------------------------------------------------------------- blocks that are all resident
 
-// A counter that only grows. add_release: what this thread, and by a block_sync before it this block, wrote is there for
-// whoever then waits for the count.
+// A counter that only grows. add_release: what this thread, and by a block_sync before it this block, wrote is there
+// for whoever then waits for the count.
 GK_DEVICE void add_release(unsigned *p, unsigned v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 GK_DEVICE void wait_reached(const unsigned *p, unsigned target) {
-  for (unsigned v;;) {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    if (int(v - target) >= 0) return;
-    __nanosleep(20);
-  }
+  unsigned v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  while (int(v - target) < 0); // the way to L2 and back is pause enough
 }
 
 // ---------------------------------------------------------------- one cluster; before sm_90 a block is one by itself
@@ -191,11 +224,12 @@ GK_DEVICE unsigned peer_window(const void *p, int rank) { // the same place in a
   return q;
 }
 
-// A signal counts the bytes that arrive in this block's shared memory. expect says how many belong to the phase at hand;
-// push sends a value to a place in a neighbour's memory and counts it there; wait returns when the phase of that parity is
-// complete, and what was pushed can be read. Bytes may arrive before they are expected.
+// A signal counts the bytes that arrive in this block's shared memory. expect says how many belong to the phase at
+// hand; push sends a value to a place in a neighbour's memory and counts it there; wait returns when the phase of that
+// parity is complete, and what was pushed can be read; whole warps wait. Bytes may arrive before they are expected.
 GK_DEVICE void signal_init(Signal *s) { // by one thread, and a cluster_sync before anybody pushes
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(window(s)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(window(s))
+               : "memory");
 }
 GK_DEVICE void signal_expect(Signal *s, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(window(s)), "r"(bytes) : "memory");
@@ -207,16 +241,19 @@ GK_DEVICE void push(void *to, int rank, Chunk v, Signal *s) {
                : "memory");
 }
 GK_DEVICE void push(void *to, int rank, Half v, Signal *s) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-                   peer_window(to, rank)),
-               "r"(v.w[0]), "r"(v.w[1]), "r"(peer_window(s, rank))
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(peer_window(to, rank)),
+      "r"(v.w[0]), "r"(v.w[1]), "r"(peer_window(s, rank))
+      : "memory");
 }
 GK_DEVICE void signal_wait(Signal *s, unsigned parity) {
-  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again;\n}" ::"r"(window(s)),
-               "r"(parity)
-               : "memory");
+  for (unsigned done = 0; !done;)
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(window(s)), "r"(parity)
+                 : "memory");
+  __syncwarp(); // lanes may have left the loop one by one
 }
 #endif
 
