@@ -14,8 +14,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 # One environment may serve several checkouts: each has its own stamps there.
 STAMPS := $(VENV)/.stamps$(subst /,-,$(CURDIR))
-KERNELS := $(shell find csrc -type f)
-CPP := $(filter-out %.gen.h,$(filter %.h %.cpp,$(KERNELS)))
+KERNELS := $(shell find csrc -type f ! -name '*.cuh')
+CPP := $(filter-out %.gen.h,$(shell find csrc tests bench -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu'))
 EXTRAS := demo test bench dev
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,5 @@
-"""Builds the CPU kernels with ninja: the same sources once per instruction set, each an extension module of its own.
+"""Builds the CPU kernels with ninja: the same sources once per instruction set, each an extension module of its own. The CUDA
+kernels are compiled where they run, so that their sources are part of the package.
 
 Nothing here imports torch. `pip install .`, `pip install -e .` and `python setup.py build_ext --inplace` all come through
 `BuildKernels`. Without a working compiler the installation succeeds, with a warning, and the package runs through its
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -152,9 +154,35 @@ class BuildKernels(build_ext):
             self.copy_file(folder / target.name, target)
 
 
+class AddSources(build_py):
+    """build_py with csrc/cuda in the package; in a checkout, and so in an editable install, they are found beside it."""
+
+    def _sources(self):
+        folder = Path(self.build_lib) / "gradkernels" / "csrc" / "cuda"
+        return {str(folder / path.name): str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))}
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        shutil.rmtree(Path(self.build_lib) / "gradkernels" / "csrc", ignore_errors=True)  # of an earlier build
+        for target, source in self._sources().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return super().get_outputs(include_bytecode) + ([] if self.editable_mode else list(self._sources()))
+
+    def get_output_mapping(self):
+        return super().get_output_mapping() | ({} if self.editable_mode else self._sources())
+
+    def get_source_files(self):
+        return super().get_source_files() + [str(Path(p).relative_to(ROOT)) for p in self._sources().values()]
+
+
 if __name__ == "__main__":
     setup(
         # `optional`: setuptools then copies only what has been built.
         ext_modules=[Extension(f"gradkernels._cpu_{isa}", sources=[], optional=True) for isa in instruction_sets()],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "build_py": AddSources},
     )

@@ -1,9 +1,10 @@
-// A libcuda.so.1 that runs nothing: it answers as a GPU would, writes down what it was asked, one line a call, and fails
-// where it is told to, so that everything on the host runs where there is no driver.
+// A libcuda.so.1 that runs nothing: it answers as a GPU would, writes down what it was asked, one line a call, and
+// fails where it is told to, so that everything on the host runs where there is no driver.
 //
 // Environment, read at every call so that a test can change it: STUB_LOG the file to write to; STUB_CAPABILITY (90),
-// STUB_MULTIPROCESSORS (132), STUB_SHARED (232448) what the GPU is; STUB_CLUSTERS (8), STUB_BLOCKS (1) how many clusters, and
-// blocks of a multiprocessor, run at the same time; STUB_FAIL "name=error name=error": calls that fail, and how.
+// STUB_MULTIPROCESSORS (132), STUB_SHARED (232448) what the GPU is; STUB_CLUSTERS (8), STUB_BLOCKS (1) how many
+// clusters, and blocks of a multiprocessor, run at the same time; STUB_FAIL "name=error name=error": calls that fail,
+// and how.
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,16 +48,29 @@ static int device_get(int *device, int ordinal) { return *device = ordinal, 0; }
 static int device_name(char *name, int size, int device) { return snprintf(name, size, "Stub %d", device), 0; }
 static int device_attribute(int *v, int attribute, int device) {
   switch (attribute) {
-  case 16: *v = setting("STUB_MULTIPROCESSORS", 132); break;
-  case 75: *v = setting("STUB_CAPABILITY", 90) / 10; break;
-  case 76: *v = setting("STUB_CAPABILITY", 90) % 10; break;
-  case 97: *v = setting("STUB_SHARED", 232448); break;
-  case 120: *v = setting("STUB_CAPABILITY", 90) >= 90; break;
-  default: return 1;
+  case 16:
+    *v = setting("STUB_MULTIPROCESSORS", 132);
+    break;
+  case 75:
+    *v = setting("STUB_CAPABILITY", 90) / 10;
+    break;
+  case 76:
+    *v = setting("STUB_CAPABILITY", 90) % 10;
+    break;
+  case 97:
+    *v = setting("STUB_SHARED", 232448);
+    break;
+  case 120:
+    *v = setting("STUB_CAPABILITY", 90) >= 90;
+    break;
+  default:
+    return 1;
   }
   return 0;
 }
-static int retain(void **context, int device) { return *context = (void *)(0x100l + device), asked("cuDevicePrimaryCtxRetain", ""); }
+static int retain(void **context, int device) {
+  return *context = (void *)(0x100l + device), asked("cuDevicePrimaryCtxRetain", "");
+}
 static int get_current(void **context) { return *context = current, 0; }
 static int push(void *context) {
   if (current) return 1; // one context deep is all that is needed
@@ -77,8 +91,12 @@ static int load(void **library, const char *code) {
   *library = (void *)0x1000;
   return current ? asked("cuLibraryLoadData", memcmp(code, "\177ELF", 4) ? "not a cubin" : "cubin") : 201;
 }
-static int get_kernel(void **kernel, void *library, const char *name) { return *kernel = (void *)0x2000, asked("cuLibraryGetKernel", name); }
-static int get_function(void **function, void *kernel) { return *function = (void *)0x3000, asked("cuKernelGetFunction", ""); }
+static int get_kernel(void **kernel, void *library, const char *name) {
+  return *kernel = (void *)0x2000, asked("cuLibraryGetKernel", name);
+}
+static int get_function(void **function, void *kernel) {
+  return *function = (void *)0x3000, asked("cuKernelGetFunction", "");
+}
 static int func_load(void *function) { return asked("cuFuncLoad", ""); }
 static int set_attribute(void *function, int attribute, int value) {
   char line[64];
@@ -140,9 +158,13 @@ static const struct {
 };
 
 int cuInit(unsigned flags) { return asked("cuInit", ""); }
-int cuGetExportTable(const void **table, const void *id) { return *table = NULL, 500; } // NVRTC asks, and takes no for an answer
+int cuGetExportTable(const void **table, const void *id) {
+  return *table = NULL, 500;
+} // NVRTC asks, and takes no for an answer
 int cuGetProcAddress_v2(const char *name, void **f, int version, unsigned long long flags, int *status) {
-  *f = !strcmp(name, "cuGetProcAddress") ? (void *)cuGetProcAddress_v2 : !strcmp(name, "cuInit") ? (void *)cuInit : unknown;
+  *f = !strcmp(name, "cuGetProcAddress") ? (void *)cuGetProcAddress_v2
+       : !strcmp(name, "cuInit")         ? (void *)cuInit
+                                         : unknown;
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)
     if (!strcmp(known[i].name, name)) *f = known[i].f;
   if (status) *status = 0;
