@@ -1,0 +1,229 @@
+"""A GPU made of fibers: the kernels of csrc/cuda, compiled for the CPU against `twin.h`, launched on CPU tensors.
+
+`Twin` stands where `gradkernels.backends.cuda.driver.Machine` does; the fixture `twin` puts it there:
+
+    from tests.cuda_on_cpu.machine import twin
+
+    def test_something(twin):
+        gk.ops.recurrent(..., backend="cuda")  # on CPU tensors
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gradkernels.cells.codegen import device_struct
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "csrc" / "cuda"
+BUILD = HERE.parents[1] / "build" / "twin"
+
+COMPILER = os.environ.get("CXX", "g++").split()
+FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -Wno-unknown-pragmas".split()
+SANITIZERS = {  # of a kernel; "plain" is what runs within Python, where a failed check is a fault of the twin
+    "plain": ["-O1", "-fsanitize=alignment,bounds,null"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+ORDERS = ("round robin", "random", "priorities")  # as in runtime.h
+
+
+class Fault(RuntimeError):
+    """A kernel did what no kernel may do."""
+
+
+class Hang(RuntimeError):
+    """Everybody waits; the message says who and where."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order in which threads run."""
+
+    order: str = "round robin"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.order} {self.seed}"
+
+
+SCHEDULES = (Schedule(), Schedule("random", 1), Schedule("priorities", 1), Schedule("priorities", 2))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int) for n in ("blocks", "cluster", "threads", "shared_bytes", "resident", "order")] + [
+        ("seed", ctypes.c_uint),
+        ("left_out", ctypes.c_char_p),
+    ]
+
+
+class Twin:
+    """One GPU, as `driver.Machine` describes it; `schedule` and `resident` may be changed at any time.
+
+    Args:
+        capability: before (9, 0) there are no clusters.
+        multiprocessors: each has room for one block.
+        resident: blocks that run at the same time; None: one for each multiprocessor.
+    """
+
+    name = "twin"
+    shared_bytes = 227 << 10
+    max_cluster = 16
+
+    def __init__(self, capability: tuple[int, int] = (9, 0), multiprocessors: int = 16, resident: int | None = None):
+        self.capability = capability
+        self.multiprocessors = multiprocessors
+        self.resident = resident
+        self.schedule = Schedule()
+        self.launches: list[tuple[object, int]] = []  # (variant, blocks) of all so far
+
+    @functools.cache  # noqa: B019 - a twin lives as long as its test
+    def kernel(self, variant) -> Kernel:
+        return Kernel(self, variant)
+
+    def compile(self, variants: Iterable) -> None:
+        """All of them, as many at once as there are cores, for those who know what they will need."""
+        objects(variants, clusters=self.capability >= (9, 0))
+
+
+class Kernel:
+    """A compiled variant, as `driver.Kernel` describes it."""
+
+    def __init__(self, machine: Twin, variant):
+        if variant.shared_bytes > machine.shared_bytes:
+            raise RuntimeError(f"{variant.shared_bytes} bytes of shared memory, but a block has {machine.shared_bytes}")
+        if variant.C > (machine.max_cluster if machine.capability >= (9, 0) else 1):
+            raise RuntimeError(f"no clusters of {variant.C} blocks")
+        self.machine, self.variant = machine, variant
+        (path,) = objects([variant], clusters=machine.capability >= (9, 0))
+        # PyDLL keeps the interpreter's lock: threads of Python launch one after the other.
+        self.library = ctypes.PyDLL(str(path))
+        for name in ("gk_report", "gk_sites"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+
+    def resident(self) -> int:
+        machine = self.machine
+        blocks = machine.multiprocessors if machine.resident is None else machine.resident
+        return blocks // self.variant.C
+
+    def launch(self, blocks: int, arguments: ctypes.Structure) -> None:
+        self.machine.launches.append((self.variant, blocks))
+        self.run(blocks, arguments)
+
+    def run(self, blocks: int, arguments: ctypes.Structure, left_out: str = "") -> None:
+        """A launch in which the site `left_out` does nothing."""
+        size = ctypes.c_int.in_dll(self.library, "gk_arguments").value
+        if ctypes.sizeof(arguments) != size:
+            raise RuntimeError(f"the arguments are of {ctypes.sizeof(arguments)} bytes, the kernel takes {size}")
+        variant, schedule = self.variant, self.machine.schedule
+        how = _Launch(
+            blocks, variant.C, variant.threads, variant.shared_bytes, self.resident() * variant.C,
+            ORDERS.index(schedule.order), schedule.seed, left_out.encode(),
+        )  # fmt: skip
+        outcome = self.library.gk_launch(ctypes.byref(how), ctypes.byref(arguments))
+        if outcome:
+            raise (Fault if outcome == 1 else Hang)(f"{variant}, {schedule}: {self.library.gk_report().decode()}")
+
+    @property
+    def sites(self) -> list[str]:
+        """The synchronising calls of the last launch, as file:line primitive."""
+        return self.library.gk_sites().decode().splitlines()
+
+    @property
+    def bank_conflicts(self) -> int:
+        """How many accesses of load_tiles the last launch had to repeat."""
+        return self.library.gk_bank_conflicts()
+
+
+def objects(variants: Iterable, sanitizer: str = "plain", clusters: bool = True) -> list[Path]:
+    """The shared objects of variants, compiled unless they are there from the same sources and flags."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda v: _object(v, sanitizer, clusters), variants))
+
+
+def _object(variant, sanitizer: str, clusters: bool) -> Path:
+    cells = device_struct(variant.cell) if getattr(variant, "cell", None) is not None else ""
+    text = "\n".join(
+        [
+            '#include "platform.cuh"',
+            variant.source(),
+            f"using Arguments = gk::{variant.arguments};",
+            "#pragma GCC visibility push(default)",
+            'extern "C" {',
+            "extern const int gk_arguments = sizeof(Arguments);",
+            "int gk_launch(const gk::twin::Launch &how, const void *arguments) {",
+            "  return gk::twin::launch(how, [](const void *p) { run(*static_cast<const Arguments *>(p)); }, arguments);",
+            "}",
+            "}\n",
+        ]
+    )
+    flags = [*FLAGS, *SANITIZERS[sanitizer], f"-DGK_CLUSTERS={int(clusters)}"]
+    key = hashlib.sha256("\0".join([text, cells, *flags]).encode() + _headers() + _version()).hexdigest()[:24]
+    folder = BUILD / key
+    target = folder / "kernel.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cells.cuh").write_text(cells)
+        (folder / "kernel.cpp").write_text(text)
+        parts = [_runtime("runtime.cpp"), *([_runtime("undefined.cpp")] if sanitizer == "plain" else [])]
+        includes = [f"-I{p}" for p in (folder, KERNELS, HERE)]
+        _compile([*flags, *includes, "-c", folder / "kernel.cpp"], folder / "kernel.o")
+        # Linked without its sanitizer, whose library would answer where `undefined.cpp` is to.
+        _compile(["-shared", folder / "kernel.o", *parts], target)
+    return target
+
+
+@functools.cache
+def _runtime(name: str) -> Path:
+    """Never instrumented: a race detector is to see the kernel alone."""
+    flags = [*FLAGS, "-O2", "-c"]
+    digest = hashlib.sha256(
+        " ".join(flags).encode() + (HERE / name).read_bytes() + (HERE / "runtime.h").read_bytes() + _version()
+    )
+    target = BUILD / f"{Path(name).stem}-{digest.hexdigest()[:24]}.o"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        _compile([*flags, HERE / name], target)
+    return target
+
+
+def _compile(arguments: list, target: Path) -> None:
+    made = target.with_suffix(f".{os.getpid()}-{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}")
+    line = [*COMPILER, *map(str, arguments), "-o", str(made)]
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}\n{done.stderr[-8000:]}")
+    made.replace(target)
+
+
+def _headers() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted([*KERNELS.glob("*.cuh"), *HERE.glob("*.cuh"), *HERE.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+@functools.cache
+def _version() -> bytes:
+    return subprocess.run([*COMPILER, "--version"], check=True, capture_output=True).stdout
+
+
+@pytest.fixture
+def twin(monkeypatch) -> Twin:
+    """The machine of every device, for one test."""
+    from gradkernels.backends.cuda import driver
+
+    machine = Twin()
+    monkeypatch.setattr(driver, "machine", lambda device: machine)
+    monkeypatch.setattr(driver, "why_not", lambda device: None)
+    return machine
