@@ -65,10 +65,12 @@ def _whole(v: Tensor | None) -> Tensor | None:
 
 
 def _check_values(x, state, batch_sizes, lengths):
-    """What tensors hold is checked here, next to the kernel, on whatever way the call came."""
+    """What tensors hold is checked here, next to the kernel, on whatever way the call came.
+
+    Nobody waits to read lengths that are on a device: backends take those outside of 0 to T for the nearest end."""
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], state[0].shape[0])
-    else:
+    elif lengths.is_cpu:
         check_lengths(lengths, x.shape[0])
     return _whole(batch_sizes), _whole(lengths)
 
@@ -170,9 +172,16 @@ def _keys(*names: str) -> int:
 
 
 # A thread in which no mode, transform or tracer is at work (with and without inference mode), and a tensor that is nothing
-# but memory of the CPU: not a subclass, batched, lazily conjugated or negated, functional, fake or sparse.
+# but memory of the CPU or of a GPU: not a subclass, batched, lazily conjugated or negated, functional, fake or sparse.
 _QUIET = frozenset((_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")))
-_PLAIN = frozenset((torch._C._dispatch_keys(torch.empty(0)).raw_repr(), _keys("CPU", "AutocastCPU")))
+_PLAIN = frozenset(
+    keys
+    for device in ("CPU", "CUDA")
+    for keys in (
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"),
+        _keys(device, f"Autocast{device}"),  # made in inference mode
+    )
+)
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 _included, _dispatch_keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
 _profiling, _function_modes = torch.autograd._profiler_enabled, torch._C._len_torch_function_stack
@@ -184,7 +193,7 @@ def quiet() -> bool:
 
 
 def plain(tensors) -> bool:
-    """Every tensor is plain memory of the CPU."""
+    """Every tensor is plain memory."""
     for v in tensors:
         if v is not None and (type(v) not in _TYPES or _dispatch_keys(v).raw_repr() not in _PLAIN):
             return False

@@ -55,13 +55,14 @@ def recurrent(
         params: per-unit parameters, for cells that have them; no cell here does.
         cell: a name in ``gradkernels.cells.CELLS``, or a Cell.
         lengths: int64 ``[B]`` from 0 to T, in any order: row b has the steps t < lengths[b]. Beyond them outputs are zero, the final
-            state is that of a row's last step, and ``reverse`` begins there.
+            state is that of a row's last step, and ``reverse`` begins there. On the CPU, where they are checked, or beside x, where
+            nobody waits to read them and what is outside counts as the nearest end.
         batch_sizes: int64 ``[T]`` on the CPU, the rows of each step as in ``torch.nn.utils.rnn.PackedSequence``.
         reverse: walk from the last step to the first.
         probe: float64 ``[steps, S + 1]``. Its gradient is, per step, the squared norm of the gradient of each state, and the number
             of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps.
         every_state: return the sequences of all S states, not of the first alone.
-        backend: "cpu" or "reference"; None takes the best that can run.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can run.
 
     Returns:
         outputs ``[T, B, R]`` (``[N, R]``; with ``every_state`` a tuple of S such tensors) and the tuple of S final states.
@@ -107,7 +108,7 @@ def recurrent(
     if state is None:
         state = _zeros(c, tensors[0], tensors[3], batch_sizes)  # as autocast left them
     if probe is not None:
-        probe = _check_probe(probe, c)
+        probe = _check_probe(probe, c, x.device)
     S, keep = c.S, 1 if every_state else 0
     if fast:
         if not _requires_grad((*tensors, *state, probe)):
@@ -177,10 +178,14 @@ def _zeros(cell, x, weight_hh, batch_sizes):
     return [x.new_zeros(B, n) for n in widths]
 
 
-def _check_probe(probe, cell):
+def _check_probe(probe, cell, device):
     if probe.dim() != 2 or probe.shape[1] != cell.S + 1 or probe.dtype != torch.float64:
         raise ValueError(
             f"probe must be float64 [steps, {cell.S + 1}] for {cell.name}, got {probe.dtype} {list(probe.shape)}"
+        )
+    if probe.device != device:
+        raise RuntimeError(
+            f"expected all tensors to be on the same device, but x is on {device} and probe is on {probe.device}"
         )
     # under a transform nobody can ask for its gradient
     return None if torch._C._are_functorch_transforms_active() else probe
