@@ -1,4 +1,4 @@
-"""What is measured: every row is a dataclass, and so is what is asked of it.
+"""What is measured: every row is a dataclass, and so is what is asked of it. Rows for a GPU are in gpu/rows.py.
 
 Dims: T steps, B batch, I = H input features, H hidden units, R = proj_size or H, G gates.
 """
@@ -26,7 +26,8 @@ TITLES = {
 class Target:
     """What is asked of a row: `against`'s median over ours, times `scale`, is to be at least `at_least`.
 
-    against "limit" asks for our share of the rate at which this machine multiplies matrices, measured in the same run.
+    against "limit" asks for our share of the rate at which this machine multiplies matrices, measured in the same run; on a GPU of
+    the floor that gpu/floor.py makes of what was measured there.
     at_least None asks for nothing: the ratio is printed. needs: only asked of a CPU with this instruction set.
     """
 
@@ -54,6 +55,8 @@ class Case:
     layout: str = "padded"  # padded | packed | ragged
     tokens: int | None = None  # sum of the lengths when the layout has any
     backend: str | None = None  # as in gradkernels.ops.recurrent
+    device: str = "cpu"  # of torch
+    tf32: bool = False  # whether float32 is multiplied with 10 bits of mantissa, where the device can
     providers: tuple[str, ...] = ("ours", "torch")
     targets: tuple[Target, ...] = ()
 
@@ -62,6 +65,8 @@ class Case:
         """Unique, and what --filter looks at: 'lstm 128,32,256 training', then whatever is out of the ordinary."""
         more = [
             self.dtype.replace("float", "fp").replace("bfp", "bf") * (self.dtype != "float32"),
+            "tf32" * self.tf32,
+            "fp32" * (self.device != "cpu" and self.dtype == "float32" and not self.tf32),
             f"{self.layers} layers" * (self.layers > 1),
             "bidirectional" * self.bidirectional,
             f"proj {self.proj_size}" * bool(self.proj_size),
@@ -69,6 +74,7 @@ class Case:
             "one step" * (self.mode == "step"),
             "probe" * ("ours_unwatched" in self.providers),
             "cell module" * (self.providers[0] == "ours_cell"),
+            "loop" * (self.providers[1:2] == ("compiled",)),
             {"memory": "peak memory", "processes": "two processes"}.get(self.kind, ""),
         ]
         what = "inference" if self.mode == "step" else self.mode
@@ -210,7 +216,7 @@ def recurrent() -> list[Case]:
 
 def quick(found: list[Case]) -> list[Case]:
     """The rows that show every part of the harness and take little time: no large shapes, memory of plain cells alone."""
-    small = [c for c in found if c.T * c.B * c.H**2 <= 128 * 32 * 256**2]
+    small = [c for c in found if c.T * c.B * c.H**2 <= 128 * 32 * 256**2 or c.device != "cpu" and c.H <= 512]
     return [
         c
         for c in small
@@ -218,4 +224,11 @@ def quick(found: list[Case]) -> list[Case]:
     ]
 
 
-SUITES = {"recurrent": recurrent}
+def recurrent_gpu() -> list[Case]:
+    """Every recurrent row for a GPU."""
+    from bench.gpu.rows import recurrent_gpu
+
+    return recurrent_gpu()
+
+
+SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu}

@@ -81,18 +81,45 @@ class Plan:
     samples: int
 
     @staticmethod
-    def of(seconds: float) -> Plan:
-        calls = max(1, round(TICK / seconds))
+    def of(seconds: float, tick: float = TICK) -> Plan:
+        calls = max(1, round(tick / seconds))
         fit = int(BLOCK / (seconds * calls))
         return Plan(max(1, math.ceil(LEAD / seconds)), calls, 1 if seconds > 0.1 else max(3, min(20, fit)))
 
 
-def warm(call: Callable[[], object], seconds: float, least: int = 2) -> float:
-    """Calls it for about that long, `least` times at least; returns the seconds that the fastest took."""
+class HostWatch:
+    """Times calls by the host's clock, which is right where a call has done its work when it returns."""
+
+    tick = TICK
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def settle(self) -> None:
+        """Returns when everything that was asked for is done."""
+
+    def samples(self, call: Callable[[], object], plan: Plan) -> list[float]:
+        """Milliseconds of a call, `plan.samples` times."""
+        for _ in range(plan.lead):
+            call()
+        found = []
+        for _ in range(plan.samples):
+            begin = self.clock()
+            for _ in range(plan.calls):
+                call()
+            found.append((self.clock() - begin) * 1e3 / plan.calls)
+        return found
+
+
+def warm(
+    call: Callable[[], object], seconds: float, least: int = 2, settle: Callable[[], object] = lambda: None
+) -> float:
+    """Calls it for about that long, `least` times at least; returns the seconds until the fastest had settled."""
     best, end, n = float("inf"), time.perf_counter() + seconds, 0
     while n < least or time.perf_counter() < end:
         begin = time.perf_counter()
         call()
+        settle()
         best, n = min(best, time.perf_counter() - begin), n + 1
     return best
 
@@ -104,15 +131,17 @@ def interleaved(
     share: float = WAIT,
     clock=time.perf_counter,
     wait=waited,
+    watch=None,
 ) -> tuple[list[Spread], int, int]:
     """Milliseconds per call of each, rounds counted, rounds dropped.
 
     A round runs every provider in turn, beginning with another one each time. The first calls are not timed: they pay for what
     the provider before did to caches, allocator and cores. A round in which threads waited for a core more than `share` of its time is dropped.
     Rounds go on for `budget` seconds, at least `least` of them; on a busy machine for up to eight times that.
-    Disturbed if not one round was left.
+    Disturbed if not one round was left. watch: what times the calls where the host's clock cannot, as HostWatch does.
     """
-    plans = [Plan.of(warm(call, min(0.15, budget / 10))) for call in calls]
+    watch = HostWatch(clock) if watch is None else watch
+    plans = [Plan.of(warm(call, min(0.15, budget / 10), settle=watch.settle), watch.tick) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
     counted = dropped = 0
     collecting = gc.isenabled()
@@ -124,17 +153,11 @@ def interleaved(
             now = clock() - start
             if (now >= budget and counted >= least) or (now >= PATIENCE * budget and counted + dropped >= least):
                 break
-            before, begin, row = wait(), clock(), [[] for _ in calls]
+            before, begin = wait(), clock()
+            row: list[list[float]] = [[] for _ in calls]
             for k in range(len(calls)):
                 k = (k + counted + dropped) % len(calls)
-                call, plan = calls[k], plans[k]
-                for _ in range(plan.lead):
-                    call()
-                for _ in range(plan.samples):
-                    a = clock()
-                    for _ in range(plan.calls):
-                        call()
-                    row[k].append((clock() - a) * 1e3 / plan.calls)
+                row[k] = watch.samples(calls[k], plans[k])
             after = wait()
             if wait_share(before, after, clock() - begin) > share:
                 dropped += 1

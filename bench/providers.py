@@ -24,40 +24,58 @@ LABELS = {
     "ours_unwatched": "gradkernels, no probe",
     "ours_cell": "gradkernels cell",
     "torch": "torch",
+    "torch_fp16": "torch, fp16",
     "cell": "torch cell",
     "loop": "Python loop",
     "compiled": "Python loop, step compiled",
+    "flashrnn": "FlashRNN",
+    "torchrl": "TorchRL",
+    "xma": "XMA",
 }
+PEERS = ("flashrnn", "torchrl", "xma")  # other packages' kernels, where they are installed
+OTHER = {"ours_fp32": torch.float32, "torch_fp16": torch.float16}  # than the case's dtype
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "gru_reset_before": nn.GRU}
 
 
+def label(key: str) -> str:
+    """What a provider is called. 'ours:exchange=grid,C=1' is ours, but for what gpu/picks.py makes of the rest."""
+    return LABELS.get(key) or f"gradkernels, {key.partition(':')[2].replace(',', ', ')}"
+
+
 class Loop(nn.Module):
-    """The Python loop over steps that users write for a cell torch lacks; the input projection of all steps is one product."""
+    """The Python loop over steps that users write; the input projection of all steps is one product."""
 
     def __init__(self, layer: nn.RNNBase, cell: str, compiled: bool = False) -> None:
         super().__init__()
-        step = {"gru_reset_before": self.reset_before, "rnn_sigmoid": self.sigmoid}[cell]
+        step = {"gru_reset_before": self.reset_before, "rnn_sigmoid": self.sigmoid, "lstm": self.lstm}[cell]
+        self.states = 2 if cell == "lstm" else 1
         self.step = torch.compile(step, dynamic=False) if compiled else step
         for name, p in layer.named_parameters():
             setattr(self, name, nn.Parameter(p.detach().clone()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # x [T, B, I]
-        h = x.new_zeros(x.shape[1], self.weight_hh_l0.shape[1])
+        state = (x.new_zeros(x.shape[1], self.weight_hh_l0.shape[1]),) * self.states
         outputs = []
         for gates in F.linear(x, self.weight_ih_l0, self.bias_ih_l0):
-            h = self.step(gates, h)
-            outputs.append(h)
-        return torch.stack(outputs), h.unsqueeze(0)
+            state = self.step(gates, *state)
+            outputs.append(state[0])
+        final = tuple(s.unsqueeze(0) for s in state)
+        return torch.stack(outputs), final if self.states > 1 else final[0]
 
-    def sigmoid(self, gates: Tensor, h: Tensor) -> Tensor:
-        return torch.sigmoid(gates + F.linear(h, self.weight_hh_l0, self.bias_hh_l0))
+    def lstm(self, gates: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        i, f, g, o = (gates + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
 
-    def reset_before(self, gates: Tensor, h: Tensor) -> Tensor:
+    def sigmoid(self, gates: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        return (torch.sigmoid(gates + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)),)
+
+    def reset_before(self, gates: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         H = h.shape[1]
         w, b = self.weight_hh_l0, self.bias_hh_l0
         r, z = torch.sigmoid(gates[:, : 2 * H] + F.linear(h, w[: 2 * H], b[: 2 * H])).chunk(2, 1)
         n = torch.tanh(gates[:, 2 * H :] + F.linear(r * h, w[2 * H :], b[2 * H :]))
-        return n + z * (h - n)
+        return (n + z * (h - n),)
 
 
 class Provider:
@@ -69,9 +87,9 @@ class Provider:
     def __init__(
         self, key: str, module: nn.Module, call: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, case: Case
     ) -> None:
-        self.key, self.module, self.call, self.mode = key, module, call, case.mode
+        self.key, self.module, self.call, self.mode, self.case = key, module, call, case.mode, case
         self.dtype = getattr(torch, case.dtype)  # the outputs' gradient is rounded to it, for the truth in fp64 too
-        self.label = LABELS[key]
+        self.label = label(key)
         self.x = x.detach().clone().requires_grad_(self.mode == "training")
         self.parameters = dict(module.named_parameters())
         self.nothing = [p.detach()[:0] for p in self.parameters.values()]
@@ -89,7 +107,7 @@ class Provider:
         torch._foreach_zero_(self.nothing)  # raises the version of every weight and touches none
         y = self.call(self.x)[0]
         if self.dy is None:
-            self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y.dtype)
+            self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y)
         y.backward(self.dy)
 
     def results(self) -> dict[str, Tensor]:
@@ -106,7 +124,11 @@ class Provider:
         return found
 
     def algorithm(self) -> str:
-        """What torch runs: the fused oneDNN layer, or how many operations of its own."""
+        """What torch runs: cuDNN and which of its algorithms, the fused oneDNN layer, or how many operations of its own."""
+        if self.case.device != "cpu" and self.key.startswith("torch"):
+            from bench.gpu import cudnn
+
+            return cudnn.algorithm(self.case, cudnn.here())
         with Count() as count:
             self.run()
         fused = count.by_name.get("mkldnn_rnn_layer", 0)
@@ -157,9 +179,17 @@ def ours(case: Case, weights: nn.Module) -> nn.Module:
 
 def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
     """One provider of a case. dtype: another than the case's, for the truth that both are compared with."""
-    if key == "ours_fp32":
-        dtype = torch.float32
+    if key in OTHER:
+        dtype = dtype or OTHER[key]
     dtype = dtype or getattr(torch, case.dtype)
+    if key in PEERS:
+        from bench.gpu import peers
+
+        return peers.build(case, key, dtype)
+    if ":" in key:
+        from bench.gpu import picks
+
+        return picks.build(case, key, dtype)
     torch_layer = layer(case)
     x = torch.randn(case.T, case.B, case.H, generator=torch.Generator().manual_seed(2))
     if case.mode == "step":
@@ -169,10 +199,11 @@ def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
     else:
         module = ours(case, torch_layer) if key.startswith("ours") else torch_layer
     rounded = getattr(torch, case.dtype)
-    module, x = module.to(rounded).to(dtype), x.to(rounded).to(dtype)
+    module, x = module.to(rounded).to(dtype).to(case.device), x.to(rounded).to(dtype).to(case.device)
     if key == "ours" and "ours_unwatched" in case.providers:
         states = 2 if case.cell == "lstm" else 1
-        module.probes = [torch.zeros(case.T, states + 1, dtype=torch.float64, requires_grad=True)]
+        zeros = torch.zeros(case.T, states + 1, dtype=torch.float64, device=case.device)
+        module.probes = [zeros.requires_grad_()]
     call: Callable[[Tensor], tuple[Tensor, Any]] = module
     lengths = case.lengths()
     if case.layout != "padded" and key != "ours_padded":
@@ -185,9 +216,10 @@ def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
                 y, final = module(PackedSequence(data, *packed[1:]))
                 return y.data, final
         elif key.startswith("ours"):
+            there = sizes.to(case.device)
 
             def call(padded):
-                return module(padded, lengths=sizes)
+                return module(padded, lengths=there)
         else:
 
             def call(padded):  # what torch's users do with a padded batch

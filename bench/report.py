@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.cases import Case
 from bench.measure import Spread, geometric_mean
-from bench.providers import LABELS
+from bench.providers import label
 
 SCHEMA = 1
 MEANS = {"lstm": 1.5, "gru": 3.0}  # geometric means over the plain fp32 shapes, inference and training
@@ -39,7 +39,7 @@ def blank(case: Case) -> dict[str, Any]:
 
 def fill(row: dict[str, Any], results: dict[str, Spread]) -> None:
     """Puts measurements into a row."""
-    row["results"] = {key: {"label": LABELS[key], **asdict(spread)} for key, spread in results.items()}
+    row["results"] = {key: {"label": label(key), **asdict(spread)} for key, spread in results.items()}
 
 
 def judge(row: dict[str, Any], case: Case, limits: dict[str, Any], has: list[str]) -> None:
@@ -83,7 +83,7 @@ def short(row: dict[str, Any]) -> list[str]:
     return [
         f"{r['value']:.0%} of the limit, {r['at_least']:.0%} asked"
         if r["against"] == "limit"
-        else f"{r['value']:.2f}x {LABELS[r['against']]}, {r['at_least']:.2f}x asked"
+        else f"{r['value']:.2f}x {label(r['against'])}, {r['at_least']:.2f}x asked"
         for r in row["ratios"]
         if r["met"] is False
     ]

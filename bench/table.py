@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from bench.cases import Case
-from bench.providers import LABELS
+from bench.providers import label
 from bench.report import short
 
 HEADINGS = ["ours", "q1 - q3", "peer", "ratio", "asked", "GFLOP/s", "of limit", "rounds", "met"]
@@ -44,7 +44,7 @@ def extras(row: dict[str, Any]) -> str:
     """What else a row was held against: '1.92x gradkernels, fp32'."""
     others = [r for r in row["ratios"] if r["against"] not in (row["peer"], "limit")]
     return ", ".join(
-        f"{r['value']:.2f}x {LABELS[r['against']]}" + (f" ({r['at_least']:.2f}x asked)" if r["at_least"] else "")
+        f"{r['value']:.2f}x {label(r['against'])}" + (f" ({r['at_least']:.2f}x asked)" if r["at_least"] else "")
         for r in others
     )
 

@@ -44,18 +44,18 @@ template <int C> struct PingPong {
     if (thread() == 0) signal_init(signal);
     cluster_sync();
     unsigned seen = 0;
-    if (thread() == 0 && (rank == 0 || rank == p.sources)) {
+    if (rank == 0 || rank == p.sources) {
       const int other = rank == 0 ? p.sources : 0;
+      const bool plays = thread() == 0; // the others of its warp wait with it
       for (int i = 0; i < p.rounds; i++) {
-        signal_expect(signal, sizeof(Chunk));
-        if (rank == 0) push(slot, other, Chunk{{seen + 1, 0, 0, 0}}, signal);
+        if (plays) signal_expect(signal, sizeof(Chunk));
+        if (plays && rank == 0) push(slot, other, Chunk{{seen + 1, 0, 0, 0}}, signal);
         signal_wait(signal, i % 2);
-        seen = slot->w[0];
-        if (rank != 0) push(slot, other, Chunk{{seen + 1, 0, 0, 0}}, signal);
+        if (plays) seen = slot->w[0];
+        if (plays && rank != 0) push(slot, other, Chunk{{seen + 1, 0, 0, 0}}, signal);
       }
     }
-    block_sync();   // the warp is whole again
-    cluster_sync(); // and nobody leaves while something is on its way to it
+    cluster_sync(); // nobody leaves while something is on its way to it
     p.out[block() * THREADS + thread()] = seen;
   }
 };
@@ -73,20 +73,16 @@ template <int C, int W, int MOST> struct AllGather {
     }
     cluster_sync();
     unsigned seen = 0;
-    // A thread that sends nothing neither waits nor reads. It could fall behind by two phases of a signal, which look
-    // the same; and it is a thread's own next push that says that it has read, and that the buffer may be written again
-    // two rounds on.
-    if (thread() < C * chunks)
-      for (int i = 0; i < p.rounds; i++) {
-        char *buffer = shared() + i % 2 * C * MOST;
-        if (thread() == 0) signal_expect(signal + i % 2, C * p.bytes);
-        for (int k = thread(); k < C * chunks; k += THREADS) // neighbours in a warp send to different blocks
-          push(buffer + rank * MOST + k / C * sizeof(Chunk), (rank + k) % C, Chunk{{seen + 1, 0, 0, 0}},
-               signal + i % 2);
-        signal_wait(signal + i % 2, i / 2 % 2);
-        seen = ((Chunk *)(buffer + thread() % C * MOST))[thread() / C].w[0];
-      }
-    block_sync(); // the warps are whole again
+    for (int i = 0; i < p.rounds; i++) {
+      char *buffer = shared() + i % 2 * C * MOST;
+      if (thread() == 0) signal_expect(signal + i % 2, C * p.bytes);
+      for (int k = thread(); k < C * chunks; k += THREADS) // neighbours in a warp send to different blocks
+        push(buffer + rank * MOST + k / C * sizeof(Chunk), (rank + k) % C, Chunk{{seen + 1, 0, 0, 0}}, signal + i % 2);
+      signal_wait(signal + i % 2, i / 2 % 2);
+      const int k = thread() % (C * chunks);
+      seen = ((Chunk *)(buffer + k % C * MOST))[k / C].w[0];
+      block_sync(); // the block's next pushes say that all of it has read: only then may others write here again
+    }
     cluster_sync();
     p.out[block() * THREADS + thread()] = seen;
   }
