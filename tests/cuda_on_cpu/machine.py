@@ -29,7 +29,7 @@ KERNELS = HERE.parents[1] / "csrc" / "cuda"
 BUILD = HERE.parents[1] / "build" / "twin"
 
 COMPILER = os.environ.get("CXX", "g++").split()
-FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -Wno-unknown-pragmas".split()
+FLAGS = ["-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden"]
 SANITIZERS = {  # of a kernel; "plain" is what runs within Python, where a failed check is a fault of the twin
     "plain": ["-O1", "-fsanitize=alignment,bounds,null"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],

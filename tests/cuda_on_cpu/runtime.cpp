@@ -46,8 +46,8 @@ struct Barrier {
 
 struct Block;
 struct Warp {
-  Barrier meeting;
-  Call call; // of the lanes that are at the next .aligned call
+  Barrier ordered, meeting; // of warp_sync; of calls that exchange values and order no memory
+  Call call;                // of the lanes that are at the next .aligned call
   int there = 0;
   unsigned priority = 0;
   alignas(lane_bytes) char lanes[2][warp_size][lane_bytes];
@@ -216,6 +216,13 @@ char *order_of(Mailbox &box, long phase) {
   AsScheduler here;
   return &box.order[phase];
 }
+void land(Mailbox &box) { // what phases that are complete have counted
+  AsScheduler here;
+  auto complete = [&](const Mailbox::Parcel &p) { return p.phase < box.phase; };
+  for (auto p = box.parcels.rbegin(); p != box.parcels.rend(); ++p)
+    if (complete(*p)) copy_unseen(p->to, p->data, p->bytes);
+  box.parcels.erase(std::remove_if(box.parcels.begin(), box.parcels.end(), complete), box.parcels.end());
+}
 void settle(Mailbox &box) {
   if (std::labs(box.bytes) >= 1 << 20) fault("a signal counts to less than 2^20 bytes, not to %ld", box.bytes);
   if (box.open && box.bytes == 0) box.open = false, box.phase++;
@@ -292,6 +299,10 @@ void bank_conflicts(int n) { machine->conflicts += n; }
 
 // ---------------------------------------------------------------- waiting
 
+void warp_barrier() {
+  converge();
+  meet(self->warp().ordered, true);
+}
 void block_barrier() {
   converge();
   meet(self->block->barrier, true);
@@ -385,13 +396,11 @@ void signal_send(unsigned long long *s, void *to, const void *from, unsigned byt
 
 void signal_heard(unsigned long long *s, unsigned parity) {
   Mailbox &box = mailbox(s);
+  converge();
   wait(Fiber::AtSignal, &box, parity);
   acquire(order_of(box, box.phase - 1));
-  AsScheduler here;
-  auto complete = [&](const Mailbox::Parcel &p) { return p.phase < box.phase; };
-  for (auto p = box.parcels.rbegin(); p != box.parcels.rend(); ++p)
-    if (complete(*p)) copy_unseen(p->to, p->data, p->bytes);
-  box.parcels.erase(std::remove_if(box.parcels.begin(), box.parcels.end(), complete), box.parcels.end());
+  land(box);
+  meet(self->warp().meeting, false); // whole warps go on
 }
 
 // ---------------------------------------------------------------- the scheduler
@@ -451,7 +460,7 @@ void build(Machine &m, char *stacks, std::mt19937 &random) {
     b->cluster->blocks.push_back(b.get());
     b->warps = std::make_unique<Warp[]>(how.threads / warp_size);
     for (int w = 0; w < how.threads / warp_size; w++)
-      b->warps[w].meeting.size = warp_size, b->warps[w].priority = random();
+      b->warps[w].meeting.size = b->warps[w].ordered.size = warp_size, b->warps[w].priority = random();
     void *memory = nullptr;
     if (posix_memalign(&memory, 128, std::max(how.shared_bytes, 1))) abort();
     b->shared = static_cast<char *>(memset(memory, 0xff, how.shared_bytes)); // NaN

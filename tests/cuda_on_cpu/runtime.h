@@ -65,6 +65,7 @@ void aligned(const void *, unsigned bytes);
 
 // ---------------------------------------------------------------- waiting
 
+void warp_barrier();
 void block_barrier();
 void cluster_barrier();
 const void *exchange(const void *mine,

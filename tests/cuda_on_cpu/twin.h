@@ -95,9 +95,30 @@ GK_DEVICE void store(fp16 &v, float f) {
 GK_DEVICE void store(tf32 &v, float f) { v.value = f; }
 GK_DEVICE void store(fp32 &v, float f) { v.value = f; }
 
-GK_DEVICE float exp2_fast(float x) {
-  const float y = std::exp2(x);
-  return y < 0x1p-126f ? 0.f : y;
+GK_DEVICE unsigned nearest_tf32(unsigned bits) { // ties away from zero
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u, infinite = (bits & 0x7fffffffu) == 0x7f800000u;
+  return nan ? 0x7fffe000u : infinite ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+GK_DEVICE unsigned as_operand(unsigned bits, bf16) { return bits; }
+GK_DEVICE unsigned as_operand(unsigned bits, fp16) { return bits; }
+GK_DEVICE unsigned as_operand(unsigned bits, tf32) { return nearest_tf32(bits); }
+GK_DEVICE unsigned as_operand(unsigned bits, fp32) { return bits; }
+namespace twin {
+template <class X> GK_DEVICE unsigned pair(float low, float high) {
+  X x, y;
+  store(x, low), store(y, high);
+  return x.bits | unsigned(y.bits) << 16;
+}
+} // namespace twin
+GK_DEVICE void pack(unsigned (&w)[1], float low, float high, bf16) { w[0] = twin::pair<bf16>(low, high); }
+GK_DEVICE void pack(unsigned (&w)[1], float low, float high, fp16) { w[0] = twin::pair<fp16>(low, high); }
+template <class X> GK_DEVICE void pack(unsigned (&w)[2], float low, float high, X number) {
+  w[0] = as_operand(as_bits(low), number), w[1] = as_operand(as_bits(high), number);
+}
+
+GK_DEVICE float reciprocal(float x) {
+  const float y = 1 / x;
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.f, y) : y;
 }
 
 // ---------------------------------------------------------------- one block
@@ -146,31 +167,45 @@ template <class T> GK_DEVICE T shuffle_xor(T v, int lanes, Site site) {
 struct Row { // of a tile
   unsigned w[4], at;
 };
-template <int TILES> GK_DEVICE void load_tiles(unsigned (&r)[TILES], const void *row, Site site) {
-  enter("load_tiles", site);
-  const int lane = thread() % 32;
-  Row mine{};
-  if (lane < 8 * TILES) {
-    mine.at = window(row, 16), aligned(row, 16);
-    memcpy(mine.w, row, 16);
-  }
-  const char *all = (const char *)exchange(&mine, sizeof mine);
-  auto of = [all](int lane) { return (const Row *)(all + lane * lane_bytes); };
-  for (int i = 0; i < TILES; i++) r[i] = of(8 * i + lane / 4)->w[lane % 4];
+// Which row each lane named, and what it held.
+struct Tiles {
+  const char *all;
+  const Row &operator()(int tile, int row) const { return *(const Row *)(all + (8 * tile + row) * lane_bytes); }
 
-  if (lane == 0)
-    for (int i = 0; i < TILES; i++) {
-      int most = 1; // different rows of one tile in the same four banks
+  Tiles(const void *row, int tiles) {
+    const int lane = thread() % 32;
+    Row mine{};
+    if (lane < 8 * tiles) {
+      mine.at = window(row, 16), aligned(row, 16);
+      memcpy(mine.w, row, 16);
+    }
+    all = (const char *)exchange(&mine, sizeof mine);
+    for (int i = 0; lane == 0 && i < tiles; i++) {
+      int most = 1; // rows that lie in the same four banks
       for (int j = 0; j < 8; j++) {
         int same = 1;
         for (int k = 0; k < j; k++) {
-          const unsigned a = of(8 * i + j)->at, b = of(8 * i + k)->at;
+          const unsigned a = (*this)(i, j).at, b = (*this)(i, k).at;
           same += a != b && a % 128 == b % 128;
         }
         most = same > most ? same : most;
       }
       bank_conflicts(most - 1);
     }
+  }
+};
+template <int TILES> GK_DEVICE void load_tiles(unsigned (&r)[TILES], const void *row, Site site) {
+  enter("load_tiles", site);
+  const Tiles tiles(row, TILES);
+  const int lane = thread() % 32;
+  for (int i = 0; i < TILES; i++) r[i] = tiles(i, lane / 4).w[lane % 4];
+}
+template <int TILES> GK_DEVICE void load_tiles_transposed(unsigned (&r)[TILES], const void *row, Site site) {
+  enter("load_tiles_transposed", site);
+  const Tiles tiles(row, TILES);
+  const int lane = thread() % 32, column = lane / 4;
+  auto element = [&](int i, int row) { return tiles(i, row).w[column / 2] >> column % 2 * 16 & 0xffff; };
+  for (int i = 0; i < TILES; i++) r[i] = element(i, lane % 4 * 2) | element(i, lane % 4 * 2 + 1) << 16;
 }
 
 // Every lane brings what it holds of a and b as floats, PER to a register.
@@ -203,11 +238,21 @@ GK_DEVICE void multiply_halves(float (&d)[4], const unsigned (&a)[4], const unsi
 }
 } // namespace twin
 
+GK_DEVICE void warp_sync(GK_SITE) {
+  if (twin::in_force("warp_sync", site)) twin::warp_barrier();
+}
+GK_DEVICE unsigned shuffle_xor(unsigned v, int lanes, GK_SITE) { return twin::shuffle_xor(v, lanes, site); }
 GK_DEVICE float shuffle_xor(float v, int lanes, GK_SITE) { return twin::shuffle_xor(v, lanes, site); }
 GK_DEVICE double shuffle_xor(double v, int lanes, GK_SITE) { return twin::shuffle_xor(v, lanes, site); }
 
 GK_DEVICE void load_tiles(unsigned (&r)[2], const void *row, GK_SITE) { twin::load_tiles(r, row, site); }
 GK_DEVICE void load_tiles(unsigned (&r)[4], const void *row, GK_SITE) { twin::load_tiles(r, row, site); }
+GK_DEVICE void load_tiles_transposed(unsigned (&r)[2], const void *row, GK_SITE) {
+  twin::load_tiles_transposed(r, row, site);
+}
+GK_DEVICE void load_tiles_transposed(unsigned (&r)[4], const void *row, GK_SITE) {
+  twin::load_tiles_transposed(r, row, site);
+}
 
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16, GK_SITE) {
   twin::multiply_halves<bf16>(d, a, b, site);
@@ -215,16 +260,15 @@ GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16, GK_SITE) {
   twin::multiply_halves<fp16>(d, a, b, site);
 }
-GK_DEVICE unsigned nearest_tf32(unsigned bits) { // ties away from zero
-  return as_float(bits) - as_float(bits) == 0 ? (bits + 0x1000) & ~0x1fffu : bits;
-}
 GK_DEVICE void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GK_SITE) {
-  twin::multiply<1>(d, a, b, [](unsigned u, int) { return as_float(u & ~0x1fffu); }, site); // the rest is not looked at
+  auto number = [&](unsigned u, int) {
+    if (u & 0x1fff) twin::fault("mma takes a tf32 as_operand: the tensor core would cut %g", as_float(u));
+    return as_float(u);
+  };
+  twin::multiply<1>(d, a, b, number, site);
 }
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], tf32, GK_SITE) {
-  const unsigned x[4] = {nearest_tf32(a[0]), nearest_tf32(a[1]), nearest_tf32(a[2]), nearest_tf32(a[3])};
-  const unsigned y[2] = {nearest_tf32(b[0]), nearest_tf32(b[1])};
-  mma_tf32(d, x, y, site);
+  mma_tf32(d, a, b, site);
 }
 GK_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp32, GK_SITE) {
   unsigned x[4], x_rest[4], y[2], y_rest[2];
