@@ -1,0 +1,77 @@
+"""What both kinds of kernels share: which rows a step has, and loads and stores of several planes.
+
+A plane is a block [rows, units] of one gate, state or kept value; several of them are a tuple, as cells take them.
+Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step_rows(
+    t,  # step in time; outside of [0, T) there are no rows
+    T,
+    B,
+    rows,  # [T] or None
+    first,  # [T] or None
+):
+    """How many rows take part in step t, and the token where it begins (int64)."""
+    inside = (t >= 0) & (t < T)
+    n = tl.where(inside, B, 0)
+    start = t.to(tl.int64) * B
+    if rows is not None:
+        n = tl.load(rows + t, mask=inside, other=0)
+    if first is not None:
+        start = tl.load(first + t, mask=inside, other=0).to(tl.int64)
+    return n, start
+
+
+@triton.jit
+def columns(
+    b,  # rows of the walk
+    B,
+    order,  # [B] or None
+):
+    """Where these rows are in the states, and within the tokens of a step (int64); rows beyond B are the last one."""
+    b = tl.minimum(b, B - 1)
+    if order is not None:
+        b = tl.load(order + b)
+    return b.to(tl.int64)
+
+
+@triton.jit
+def load_planes(
+    p,  # planes lie `stride` apart; None: zeros
+    offset,  # [rows, units] int64
+    stride: tl.constexpr,
+    mask,  # [rows, units]
+    COUNT: tl.constexpr,
+):
+    out = ()
+    for k in tl.static_range(COUNT):
+        out = out + (tl.load(p + offset + k * stride, mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
+def store_planes(p, offset, stride: tl.constexpr, mask, values, COUNT: tl.constexpr):
+    for k in tl.static_range(COUNT):
+        tl.store(p + offset + k * stride, values[k].to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cast(values, COUNT: tl.constexpr, dtype: tl.constexpr):
+    out = ()
+    for k in tl.static_range(COUNT):
+        out = out + (values[k].to(dtype),)
+    return out
+
+
+@triton.jit
+def squares(v, mask):
+    """The sum of the squares of a plane, in float64."""
+    v = tl.where(mask, v, 0.0).to(tl.float64)
+    return tl.sum(tl.sum(v * v, 1), 0)

@@ -1,0 +1,340 @@
+"""The walk for few units: one program has BM rows of the batch and all units, and the matrix stays with it for all steps.
+
+The matrix is loaded once, before the loop; the compiler keeps it in registers or shared memory. A step is then: one product
+[BM, R] x [R, G H], the cell, stores. What the next step reads from memory is loaded before the products of this one, so that
+its latency hides behind them. Programs never meet, rows of the batch being independent, and one launch does the sequence.
+
+Counted per step and program, e bytes a value: 2 BM G H R operations on tensor cores and no byte of the matrix; forward reads
+BM G H e and writes BM (1 + A) H e; backward reads BM (A + 2 S + 1) H e and writes BM G H e (twice where a gate is split). At
+BM = 16 and H = 64 that is some 10 KB and 0.5 MFLOP: a step is latency, of one product, one exchange between warps, one cell.
+So BM is the least a tensor core takes, 16, for the most programs.
+
+Units are padded to a power of two: with zeros in the matrix, so that no product sees what padded units hold.
+
+Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values, Q gates with a second
+product; HP, RP: H and R padded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradkernels.backends.triton.blocks import cast, columns, load_planes, squares, step_rows, store_planes
+
+VARYING = ["T", "B"]  # integers that must not be compiled in
+
+
+@triton.jit
+def steps_of(top, T, rows):
+    """How many steps have a row `top`: rows [T] never grow."""
+    count = T
+    if rows is not None:
+        low = 0 * T
+        while low < count:
+            middle = (low + count) // 2
+            taken = tl.load(rows + middle) > top
+            low = tl.where(taken, middle + 1, low)
+            count = tl.where(taken, count, middle)
+    return count
+
+
+@triton.jit
+def load_matrix(w, row, column, H: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT blocks of [COUNT * H, WIDTH], rows and columns in any orientation, zero beyond HEIGHT and WIDTH."""
+    out = ()
+    for g in tl.static_range(COUNT):
+        mask = (row < HEIGHT) & (column < WIDTH)
+        out = out + (tl.load(w + g * H * WIDTH + row * WIDTH + column, mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
+def load_rows(p, b, col, u, B, WIDTH: tl.constexpr):
+    return tl.load(p + col[:, None] * WIDTH + u[None, :], mask=(b < B)[:, None] & (u < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p, b, col, u, B, WIDTH: tl.constexpr, value):
+    mask = (b < B)[:, None] & (u < WIDTH)[None, :]
+    tl.store(p + col[:, None] * WIDTH + u[None, :], value.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def without_padding(v, u, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Zero in units that there are none of: zero times what a cell makes of zeros may be NaN."""
+    return v if WIDTH == PADDED else tl.where((u < WIDTH)[None, :], v, 0.0)
+
+
+# ---------------------------------------------------------------- forward
+
+
+@triton.jit
+def products(a, w, bias, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """Planes [BM, HP] of gates FIRST .. FIRST + COUNT: a w_g + bias_g."""
+    out = ()
+    for g in tl.static_range(FIRST, FIRST + COUNT):
+        r = tl.dot(a.to(w[g].dtype), w[g], input_precision=PRECISION, out_dtype=ACC)
+        out = out + (r + bias[g],)
+    return out
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_walk(
+    T,
+    B,
+    rows,  # [T] or None
+    first,  # [T] or None
+    order,  # [B] or None
+    gates,  # [N, G * H]
+    w_hh,  # [G * H, R]
+    b_hh,  # [G * H] or None
+    w_hr,  # [R, H] or None
+    state,  # S of [B, R], [B, H] ..
+    seq,  # S of [N, R], [N, H] .. or None
+    final,  # S of [B, R], [B, H] ..
+    raw,  # [N, H] or None
+    acts,  # [N, A, H] or None
+    FORWARD: tl.constexpr,
+    OPERAND: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    Q: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    HP: tl.constexpr,
+    RP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = columns(b, B, order)
+    u = tl.arange(0, HP)
+    v = tl.arange(0, RP)
+    w = load_matrix(w_hh, u[None, :], v[:, None], H, R, H, G)
+    if w_hr is not None:
+        projection = load_matrix(w_hr, v[None, :], u[:, None], R, H, R, 1)[0]
+    bias = ()
+    for g in tl.static_range(G):
+        if b_hh is None:
+            bias = bias + (tl.zeros([1, HP], ACC),)
+        else:
+            bias = bias + (tl.load(b_hh + g * H + u, mask=u < H, other=0.0).to(ACC)[None, :],)
+    h = load_rows(state[0], b, col, v, B, R).to(ACC)
+    others = ()
+    for k in tl.static_range(1, S):
+        others = others + (load_rows(state[k], b, col, u, B, H).to(ACC),)
+
+    steps = steps_of(tl.program_id(0) * BM, T, rows)
+    t = steps - 1 if REVERSE else 0 * steps
+    n, start = step_rows(t, steps, B, rows, first)
+    mask = (b < n)[:, None] & (u < H)[None, :]
+    x = load_planes(gates, (start + col)[:, None] * (G * H) + u[None, :], H, mask, G)
+    for i in range(steps):
+        t = steps - 1 - i if REVERSE else i
+        n, start = step_rows(t, steps, B, rows, first)
+        live = (b < n)[:, None]
+        mask = live & (u < H)[None, :]
+        token = (start + col)[:, None]
+        now = cast(x, G, ACC)
+        following, begin = step_rows(t - 1 if REVERSE else t + 1, steps, B, rows, first)
+        ahead = (b < following)[:, None] & (u < H)[None, :]
+        x = load_planes(gates, (begin + col)[:, None] * (G * H) + u[None, :], H, ahead, G)
+
+        r = products(h, w, bias, 0, G - Q, PRECISION, ACC)
+        s = (tl.zeros([BM, HP], ACC) if w_hr is not None else h,) + others
+        if Q > 0:
+            r = r + products(without_padding(OPERAND(now, r, s), u, H, HP), w, bias, G - Q, Q, PRECISION, ACC)
+        new, kept = FORWARD(now, r, s)
+        y = without_padding(new[0], u, H, HP)
+        if w_hr is not None:
+            if raw is not None:
+                tl.store(raw + token * H + u[None, :], y.to(raw.dtype.element_ty), mask=mask)
+            y = tl.dot(y.to(projection.dtype), projection, input_precision=PRECISION, out_dtype=ACC)
+        tl.store(seq[0] + token * R + v[None, :], y.to(seq[0].dtype.element_ty), mask=live & (v < R)[None, :])
+        if acts is not None:
+            store_planes(acts, token * (A * H) + u[None, :], H, mask, kept, A)
+        h = tl.where(live, y, h)
+        moved = ()
+        for k in tl.static_range(1, S):
+            if seq[k] is not None:
+                tl.store(seq[k] + token * H + u[None, :], new[k].to(seq[k].dtype.element_ty), mask=mask)
+            moved = moved + (tl.where(live, new[k], others[k - 1]),)
+        others = moved
+    store_rows(final[0], b, col, v, B, R, h)
+    for k in tl.static_range(1, S):
+        store_rows(final[k], b, col, u, B, H, others[k - 1])
+
+
+# ---------------------------------------------------------------- backward
+
+
+@triton.jit
+def fetch(
+    t,
+    steps,
+    B,
+    rows,
+    first,
+    b,
+    col,
+    u,
+    v,
+    grads,
+    seq,
+    raw,
+    acts,
+    state,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """What step t of backward reads, as it is stored: kept values; states before and after, the first only where it has the
+    width of the units; gradients of the sequences."""
+    n, start = step_rows(t, steps, B, rows, first)
+    n_before, start_before = step_rows(t + 1 if REVERSE else t - 1, steps, B, rows, first)
+    live = (b < n)[:, None]
+    begun = (b < n_before)[:, None]
+    mask = live & (u < H)[None, :]
+    token = (start + col)[:, None]
+    plane = token * H + u[None, :]
+    a = load_planes(acts, token * (A * H) + u[None, :], H, mask, A)
+    before = ()
+    after = ()
+    arriving = ()
+    for k in tl.static_range(S):
+        if k > 0 or raw is None:
+            earlier = tl.load(seq[k] + (start_before + col)[:, None] * H + u[None, :], mask=mask & begun, other=0.0)
+            initial = tl.load(state[k] + col[:, None] * H + u[None, :], mask=mask & ~begun, other=0.0)
+            before = before + (tl.where(begun, earlier, initial),)
+            after = after + (tl.load(seq[k] + plane, mask=mask, other=0.0),)
+        else:
+            reached = tl.load(raw + plane, mask=mask, other=0.0)
+            before = before + (tl.zeros_like(reached),)
+            after = after + (reached,)
+        if grads[k] is not None:
+            if k == 0:
+                inside = live & (v < R)[None, :]
+                arriving = arriving + (tl.load(grads[0] + token * R + v[None, :], mask=inside, other=0.0),)
+            else:
+                arriving = arriving + (tl.load(grads[k] + plane, mask=mask, other=0.0),)
+        else:
+            arriving = arriving + (0.0,)
+    return a, before, after, arriving
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_walk(
+    T,
+    B,
+    rows,  # [T] or None
+    first,  # [T] or None
+    order,  # [B] or None
+    w_hh,  # [G * H, R]
+    w_hr,  # [R, H] or None
+    grads,  # S of [N, R], [N, H] .. or None: of the sequences
+    last,  # S of [B, R], [B, H] .. or None: of the final states
+    seq,  # S of [N, R], [N, H] ..
+    raw,  # [N, H] or None
+    acts,  # [N, A, H]
+    state,  # S of [B, R], [B, H] ..
+    dgates,  # [N, G * H]
+    dr,  # [N, G * H]
+    operand,  # [N, H] or None
+    dproj,  # [N, R] or None
+    dstate,  # S of [B, R], [B, H] ..
+    norms,  # [T, S, programs] float64 or None
+    BACKWARD: tl.constexpr,
+    SECOND: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    Q: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    HP: tl.constexpr,
+    RP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = columns(b, B, order)
+    u = tl.arange(0, HP)
+    v = tl.arange(0, RP)
+    w = load_matrix(w_hh, u[:, None], v[None, :], H, R, H, G)
+    if w_hr is not None:
+        projection = load_matrix(w_hr, v[:, None], u[None, :], R, H, R, 1)[0]
+    dh = tl.zeros([BM, RP], ACC) if last[0] is None else load_rows(last[0], b, col, v, B, R).to(ACC)
+    others = ()
+    for k in tl.static_range(1, S):
+        if last[k] is None:
+            others = others + (tl.zeros([BM, HP], ACC),)
+        else:
+            others = others + (load_rows(last[k], b, col, u, B, H).to(ACC),)
+
+    steps = steps_of(tl.program_id(0) * BM, T, rows)
+    t = 0 * steps if REVERSE else steps - 1
+    a, before, after, arriving = fetch(
+        t, steps, B, rows, first, b, col, u, v, grads, seq, raw, acts, state, S, A, H, R, REVERSE
+    )
+    for i in range(steps):
+        t = i if REVERSE else steps - 1 - i
+        n, start = step_rows(t, steps, B, rows, first)
+        live = (b < n)[:, None]
+        mask = live & (u < H)[None, :]
+        inside = live & (v < R)[None, :]
+        token = (start + col)[:, None]
+        kept = cast(a, A, ACC)
+        s = cast(before, S, ACC)
+        new = cast(after, S, ACC)
+        dt0 = dh if grads[0] is None else dh + arriving[0].to(ACC)
+        dt = ()
+        for k in tl.static_range(1, S):
+            dt = dt + (others[k - 1] if grads[k] is None else others[k - 1] + arriving[k].to(ACC),)
+        a, before, after, arriving = fetch(
+            t + 1 if REVERSE else t - 1,
+            steps, B, rows, first, b, col, u, v, grads, seq, raw, acts, state, S, A, H, R, REVERSE,
+        )  # fmt: skip
+        if norms is not None:
+            slot = norms + t.to(tl.int64) * S * tl.num_programs(0) + tl.program_id(0)
+            tl.store(slot, squares(dt0, inside))
+        if w_hr is not None:
+            tl.store(dproj + token * R + v[None, :], dt0.to(dproj.dtype.element_ty), mask=inside)
+            dt0 = tl.dot(dt0.to(projection.dtype), projection, input_precision=PRECISION, out_dtype=ACC)
+        dt = (dt0,) + dt
+        gate = token * (G * H) + u[None, :]
+        if Q > 0:
+            value, late = SECOND(kept, s, new, dt)
+            tl.store(operand + token * H + u[None, :], value.to(operand.dtype.element_ty), mask=mask)
+            dv = tl.zeros([BM, HP], ACC)
+            for q in tl.static_range(Q):
+                factor = without_padding(late[q], u, H, HP).to(w[0].dtype)
+                dv = tl.dot(factor, w[G - Q + q], dv, input_precision=PRECISION, out_dtype=ACC)
+            dx, dr_now, ds, full = BACKWARD(kept, s, new, dt, dv)
+        else:
+            dx, dr_now, ds, full = BACKWARD(kept, s, new, dt)
+        store_planes(dr, gate, H, mask, dr_now, G)
+        if SPLIT:
+            store_planes(dgates, gate, H, mask, dx, G)
+        through = tl.zeros([BM, RP], ACC) if w_hr is not None else ds[0]
+        for g in tl.static_range(G - Q):
+            factor = without_padding(dr_now[g], u, H, HP).to(w[0].dtype)
+            through = tl.dot(factor, w[g], through, input_precision=PRECISION, out_dtype=ACC)
+        dh = tl.where(live, through, dh)
+        moved = ()
+        for k in tl.static_range(1, S):
+            if norms is not None:
+                tl.store(slot + k * tl.num_programs(0), squares(full[k], mask))
+            moved = moved + (tl.where(live, ds[k], others[k - 1]),)
+        others = moved
+    store_rows(dstate[0], b, col, v, B, R, dh)
+    for k in tl.static_range(1, S):
+        store_rows(dstate[k], b, col, u, B, H, others[k - 1])
