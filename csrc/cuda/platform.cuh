@@ -204,6 +204,13 @@ using Signal = unsigned long long;
 #if !GK_CLUSTERS
 GK_DEVICE int cluster_rank() { return 0; }
 GK_DEVICE int cluster_size() { return 1; }
+// Only named, where `if constexpr` leaves them out: a kernel that used one would not link.
+__device__ void cluster_sync();
+__device__ void signal_init(Signal *);
+__device__ void signal_expect(Signal *, unsigned bytes);
+__device__ void signal_wait(Signal *, unsigned parity);
+__device__ void push(void *to, int rank, Chunk, Signal *);
+__device__ void push(void *to, int rank, Half, Signal *);
 #else
 GK_DEVICE int cluster_rank() {
   unsigned r;
