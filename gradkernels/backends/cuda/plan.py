@@ -1,0 +1,218 @@
+"""Which kernel takes a call, and why.
+
+Three kinds: a *cluster* of blocks keeps the recurrent matrix and pushes the state around; a *grid* of blocks, resident all at
+once, keeps it and shares the state through L2; or each *step* is a matrix product and a pointwise kernel. Rows of the batch
+are independent, so that several teams of blocks take tiles of rows. What fits is enumerated, ranked by `costs`, compiled best
+first, and taken when the driver counts enough room for it: blocks that wait for one another are never launched otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradkernels.cells import Cell
+
+from . import costs
+from .backward import Backward
+from .forward import Forward
+from .variant import BYTES, TILE, Variant
+
+if TYPE_CHECKING:
+    from .driver import Machine
+
+WALKS: dict[str, type[Variant]] = {"forward": Forward, "backward": Backward}
+REGISTERS, REGISTERS_OF_THREAD = 65536, 255  # of a multiprocessor, of every GPU that kernels run on
+ROWS = (8, 16, 32, 64)  # of a tile of the batch
+WARPS = [(m, k) for m, k in itertools.product((1, 2, 4, 8), repeat=2) if 4 <= m * k <= 16]
+CLUSTERS = {"cluster": (1, 2, 4, 8, 16), "grid": (1, 2, 4, 8)}
+UNITS = (8, 16, 24, 32, 48, 64)  # of a block of a grid
+TRIED = 6  # candidates that are compiled at most before the plan is to go step by step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs."""
+
+    kind: str  # cluster | grid | step
+    variant: Variant | None  # None where kind is step
+    blocks: int  # of the launch
+    team: int  # of them that share a state
+    why: str
+    refused: tuple[tuple[str, str], ...]  # what else was thought of, and what spoke against it
+    cycles: float  # of one step of all rows, by the model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant that fits by its own account, and the blocks that share a state."""
+
+    variant: Variant
+    team: int
+    cycles: float  # of one step of one tile of rows
+
+    def __str__(self) -> str:
+        v = self.variant
+        form = f"cluster of {v.C}" if v.exchange == "cluster" else f"grid of {self.team}"
+        joined = f" in clusters of {v.C}" if v.exchange == "grid" and v.C > 1 else ""
+        return f"{form} blocks{joined}, {v.U} units each, tiles of {v.N} rows, {v.threads} threads"
+
+
+def plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, norms: bool = False) -> Plan:
+    """The plan for a layer of H units and B rows; `which`: forward | backward, `norms`: with norms of the adjoints.
+
+    Costs a look-up when it has been asked before. Lengths of sequences have no part in it, the number of rows chooses between
+    few variants: nothing is compiled for a new one."""
+    return _plan(machine, cell, number, H, B, which, norms)
+
+
+@functools.lru_cache(4096)
+def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, norms: bool) -> Plan:
+    candidates = _candidates(
+        cell, number, H, which, norms, machine.max_cluster, machine.multiprocessors, machine.shared_bytes
+    )
+    refused = [
+        (kind, _nothing(machine, cell, number, H, kind))
+        for kind in CLUSTERS
+        if kind not in {c.variant.exchange for c in candidates}
+    ]
+    stepwise = costs.step(cell, number, H, B, machine.multiprocessors)
+    expected = [(_rounds(c, B, machine.multiprocessors // c.team) * c.cycles, k) for k, c in enumerate(candidates)]
+    heapq.heapify(expected)
+    counted: dict[int, int] = {}  # candidate -> teams, once it is compiled
+    while expected and expected[0][0] < stepwise and len(refused) < TRIED:
+        cycles, k = heapq.heappop(expected)
+        c = candidates[k]
+        if k in counted:  # still the best, with the room that there really is
+            return _taken(c, counted[k], B, cycles, refused)
+        reason, teams = _room(machine, c)
+        if reason:
+            refused.append((str(c), reason))
+        else:
+            counted[k] = teams
+            heapq.heappush(expected, (_rounds(c, B, teams) * c.cycles, k))
+    if expected and expected[0][0] >= stepwise:
+        cycles, k = expected[0]
+        refused.append((str(candidates[k]), f"{costs.microseconds(cycles):.1f} us a step are expected of it"))
+    why = f"a matrix product and a kernel in every step; {costs.microseconds(stepwise):.1f} us expected of them"
+    return Plan("step", None, 0, 0, why, tuple(refused), stepwise)
+
+
+def _nothing(machine: Machine, cell: Cell, number: str, H: int, kind: str) -> str:
+    many = f"{machine.max_cluster} blocks" if kind == "cluster" else f"{machine.multiprocessors} multiprocessors"
+    return f"{cell.G} x {H} x {H} numbers of {number} do not fit registers and shared memory of {many}"
+
+
+def _room(machine: Machine, c: Candidate) -> tuple[str | None, int]:
+    """Teams that run at the same time by the driver's own count, or why there can be none."""
+    try:
+        resident = machine.kernel(c.variant).resident()
+    except RuntimeError as e:
+        return str(e).splitlines()[0], 0
+    blocks = resident * c.variant.C
+    if blocks < c.team:
+        return f"its {c.team} blocks wait for one another, and {blocks} run at the same time", 0
+    return None, blocks // c.team
+
+
+def _rounds(c: Candidate, B: int, teams: int) -> int:
+    """Tiles that the busiest team walks one after the other."""
+    return -(-B // (c.variant.N * max(1, teams)))
+
+
+def _taken(c: Candidate, room: int, B: int, cycles: float, refused: list[tuple[str, str]]) -> Plan:
+    teams = min(room, -(-B // c.variant.N))
+    several = f"{teams} teams, each a {c}" if teams > 1 else f"one {c}"
+    why = f"{several}; {costs.microseconds(cycles):.1f} us a step expected"
+    return Plan(c.variant.exchange, c.variant, teams * c.team, c.team, why, tuple(refused), cycles)
+
+
+# ---------------------------------------------------------------- what fits
+
+
+@functools.lru_cache(256)
+def _candidates(
+    cell: Cell, number: str, H: int, which: str, norms: bool, max_cluster: int, multiprocessors: int, shared: int
+) -> list[Candidate]:
+    """The best of every form that fits, whatever the number of rows."""
+    best: dict[tuple, Candidate] = {}
+    for variant, team in _forms(WALKS[which], cell, number, H, max_cluster, multiprocessors, norms):
+        fitted = _fitted(variant, which, shared)
+        if fitted is None:
+            continue
+        c = Candidate(fitted, team, costs.tile(fitted, which))
+        key = fitted.exchange, fitted.C, fitted.U, fitted.N
+        if key not in best or c.cycles < best[key].cycles:
+            best[key] = c
+    return list(best.values())
+
+
+def _forms(
+    walk: type[Variant], cell: Cell, number: str, H: int, max_cluster: int, multiprocessors: int, norms: bool
+) -> Iterator[tuple[Variant, int]]:
+    """Every way to split the matrix over blocks and warps, with nothing kept yet."""
+    more = {"NORMS": norms} if "NORMS" in {f.name for f in fields(walk)} else {}
+    up = lambda n, m: -(-n // m) * m
+    for exchange, sizes in CLUSTERS.items():
+        for C in (c for c in sizes if c <= max_cluster):
+            for U in (up(-(-H // C), 8),) if exchange == "cluster" else UNITS:
+                team = C if exchange == "cluster" else up(-(-H // U), C)
+                if team > multiprocessors or (exchange == "cluster" and (C - 1) * U >= H):
+                    continue  # too many, or one without units
+                for N, (WM, WK) in itertools.product(ROWS, WARPS):
+                    contraction = (TILE // BYTES[number]) * WK * (C if exchange == "grid" else 1)
+                    for width in (team * U, up(H, contraction)):
+                        v = walk(cell, number, exchange, C, width, U, N, WM, WK, 0, 0, **more)
+                        if v.fits:
+                            yield v, team
+                            break
+
+
+def _fitted(v: Variant, which: str, shared: int) -> Variant | None:
+    """The same with as much of the matrix in registers, then in shared memory, as there is room for."""
+    columns = max(k for _, k in costs.tiles(v, which))
+    most = min(REGISTERS_OF_THREAD, REGISTERS // v.threads)
+    kept = bisect_left(range(1, columns + 1), True, key=lambda k: replace(v, KEPT=k).registers > most)
+    v = replace(v, KEPT=kept)
+    if v.registers > most or v.shared_bytes > shared:
+        return None
+    inside = bisect_left(range(1, columns - kept + 1), True, key=lambda k: replace(v, SHARED=k).shared_bytes > shared)
+    v = replace(v, SHARED=inside)
+    return None if v.exchange == "cluster" and kept + inside < columns else v
+
+
+# ---------------------------------------------------------------- for people
+
+
+def explain(cell: Cell, H: int, B: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The plans for both directions in words; see `gradkernels.backends.cuda.explain`."""
+    from . import driver, launch  # which import this module
+
+    return describe(driver.machine(device), cell, launch.number(dtype), H, B)
+
+
+def describe(machine: Machine, cell: Cell, number: str, H: int, B: int) -> str:
+    """The plans for both directions on that machine, with what was refused."""
+    major, minor = machine.capability
+    limits = f"{machine.multiprocessors} multiprocessors, {machine.shared_bytes} bytes of shared memory for a block"
+    clusters = f"clusters of {machine.max_cluster}" if machine.max_cluster > 1 else "no clusters"
+    lines = [f"{cell.name}, {H} units, {B} rows, {number} on {machine.name} (sm_{major}{minor}, {limits}, {clusters})"]
+    for which in WALKS:
+        chosen = plan(machine, cell, number, H, B, which)
+        lines.append(f"{which}: {chosen.kind}: {chosen.why}")
+        if chosen.variant is not None:
+            v = chosen.variant
+            columns = max(k for _, k in costs.tiles(v, which))
+            lines.append(
+                f"  each of {v.threads} threads in about {v.registers} registers; of {columns} columns of tiles a warp keeps "
+                f"{v.KEPT} there and {v.SHARED} in shared memory, {v.shared_bytes} bytes with what else is there"
+            )
+        lines += [f"  not {what}: {reason}" for what, reason in chosen.refused]
+    return "\n".join([*lines, "times are a model's, of constants that have not been measured"])
