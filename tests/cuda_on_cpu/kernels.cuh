@@ -21,19 +21,22 @@ struct Shuffles {
   static void run(const Args &p) {
     out<double>(p, thread()) = shuffle_xor(in<double>(p, thread()), p.n);
     out<double>(p, 32 + thread()) = shuffle_xor(float(in<double>(p, thread())), p.n);
+    out<double>(p, 64 + thread()) = shuffle_xor(unsigned(thread()), p.n);
   }
 };
 
-struct Tiles { // in: 32 rows of 16 bytes; out: six registers of every lane
+struct Tiles { // in: 32 rows of 16 bytes; out: what every lane gets of two and four tiles, and of them transposed
   static void run(const Args &p) {
     Chunk *rows = (Chunk *)shared();
     rows[thread()] = in<Chunk>(p, thread());
     block_sync();
-    unsigned two[2], four[4];
-    load_tiles(two, rows + thread() % 16);
-    load_tiles(four, rows + thread());
-    for (int i = 0; i < 2; i++) out<unsigned>(p, thread() * 6 + i) = two[i];
-    for (int i = 0; i < 4; i++) out<unsigned>(p, thread() * 6 + 2 + i) = four[i];
+    unsigned two[2], four[4], *to = &out<unsigned>(p, thread() * 12);
+    load_tiles(two, rows + thread() % 16), load_tiles(four, rows + thread());
+    for (int i = 0; i < 2; i++) to[i] = two[i];
+    for (int i = 0; i < 4; i++) to[2 + i] = four[i];
+    load_tiles_transposed(two, rows + thread() % 16), load_tiles_transposed(four, rows + thread());
+    for (int i = 0; i < 2; i++) to[6 + i] = two[i];
+    for (int i = 0; i < 4; i++) to[8 + i] = four[i];
   }
 };
 
@@ -44,26 +47,40 @@ struct Banks { // rows n bytes apart
   }
 };
 
-template <class X> struct Mma { // in: a [16, K], b [8, K]; out: a b^T [16, 8], in its order
+template <class X> struct Mma { // in: a [16, K], b [8, K]; out: a b^T [16, 8]
   static void run(const Args &p) {
     const unsigned *a = (const unsigned *)p.in, *b = a + 16 * 8;
     const int row = thread() / 4, word = thread() % 4;
     unsigned x[4], y[2];
-    for (int i = 0; i < 4; i++) x[i] = a[(row + 8 * (i % 2)) * 8 + word + 4 * (i / 2)];
-    for (int i = 0; i < 2; i++) y[i] = b[row * 8 + word + 4 * i];
-    float d[4] = {1, 1, 1, 1};
-    mma(d, x, y, X());
-    for (int i = 0; i < 4; i++) out<float>(p, (row + 8 * (i / 2)) * 8 + 2 * word + i % 2) = d[i] - 1;
+    for (int i = 0; i < 4; i++) x[i] = as_operand(a[(row + 8 * (i % 2)) * 8 + word + 4 * (i / 2)], X{});
+    for (int i = 0; i < 2; i++) y[i] = as_operand(b[row * 8 + word + 4 * i], X{});
+    float d[4] = {};
+    mma(d, x, y, X{});
+    for (int i = 0; i < 4; i++) out<float>(p, (row + 8 * (i / 2)) * 8 + 2 * word + i % 2) = d[i];
   }
 };
 
-template <class X> struct Convert {
+template <class X> struct Convert { // in: floats; out: them as stored
   static void run(const Args &p) {
     for (int i = thread(); i < p.n; i += 32) {
       X v;
       store(v, in<float>(p, i));
       out<float>(p, i) = to_float(v);
     }
+  }
+};
+
+struct Relay { // a value through the lanes of a warp by way of shared memory
+  static void run(const Args &p) {
+    int *cell = (int *)shared();
+    cell[thread()] = thread();
+    for (int i = 0; i < p.n; i++) {
+      warp_sync();
+      const int v = cell[(thread() + 1) % 32];
+      warp_sync();
+      cell[thread()] = v;
+    }
+    out<int>(p, thread()) = cell[thread()];
   }
 };
 
@@ -84,48 +101,6 @@ struct Copies { // three groups, of which the last lands last; out: what could b
 
 // ---------------------------------------------------------------- exchanges, as recurrent kernels have them
 // out[block][n]: n rounds, in each of which every value becomes a sum over all blocks and one more.
-
-struct Gather { // all-gather in a cluster by signals: two buffers, no barrier
-  static void run(const Args &p) {
-    const int size = cluster_size(), rank = cluster_rank();
-    Signal *signals = (Signal *)shared();
-    Chunk *buffers = (Chunk *)(shared() + 16); // [2][size]
-    if (thread() == 0) signal_init(signals), signal_init(signals + 1);
-    cluster_sync();
-    unsigned value = block();
-    for (int i = 0; i < p.n; i++) {
-      if (thread() == 0) signal_expect(signals + i % 2, size * 16);
-      if (thread() < size) push(buffers + i % 2 * size + rank, thread(), Chunk{{value, 0, 0, value}}, signals + i % 2);
-      signal_wait(signals + i % 2, i / 2 % 2);
-      value = 1;
-      for (int k = 0; k < size; k++) value += buffers[i % 2 * size + k].w[3];
-      block_sync(); // nobody sends before all have read: a warp that only reads would be two rounds behind
-    }
-    if (thread() == 0) out<unsigned>(p, block()) = value;
-    cluster_sync();
-  }
-};
-
-struct Scatter { // reduce-scatter in a cluster, halves of a chunk
-  static void run(const Args &p) {
-    const int size = cluster_size(), rank = cluster_rank();
-    Signal *signals = (Signal *)shared();
-    Half *buffers = (Half *)(shared() + 16);
-    if (thread() < 2) signal_init(signals + thread());
-    cluster_sync();
-    unsigned value = block();
-    for (int i = 0; i < p.n; i++) {
-      if (thread() == 0) signal_expect(signals + i % 2, size * 8);
-      if (thread() < size) push(buffers + i % 2 * size + rank, thread(), Half{{value, value}}, signals + i % 2);
-      signal_wait(signals + i % 2, i / 2 % 2);
-      value = 1;
-      for (int k = 0; k < size; k++) value += buffers[i % 2 * size + k].w[1];
-      block_sync();
-    }
-    if (thread() == 0) out<unsigned>(p, block()) = value;
-    cluster_sync();
-  }
-};
 
 struct Ring { // the whole grid through global memory, two buffers by parity; in: its place
   static void run(const Args &p) {
@@ -149,6 +124,47 @@ struct Ring { // the whole grid through global memory, two buffers by parity; in
       value = *sum;
     }
     if (thread() == 0) out<unsigned>(p, block()) = value;
+  }
+};
+
+#if GK_CLUSTERS
+struct Gather { // all-gather in a cluster by signals: two buffers, no barrier
+  static void run(const Args &p) {
+    const int size = cluster_size(), rank = cluster_rank();
+    Signal *signals = (Signal *)shared();
+    Chunk *buffers = (Chunk *)(shared() + 16); // [2][size]
+    if (thread() == 0) signal_init(signals), signal_init(signals + 1);
+    cluster_sync();
+    unsigned value = block();
+    for (int i = 0; i < p.n; i++) {
+      if (thread() == 0) signal_expect(signals + i % 2, size * 16);
+      if (thread() < size) push(buffers + i % 2 * size + rank, thread(), Chunk{{value, 0, 0, value}}, signals + i % 2);
+      signal_wait(signals + i % 2, i / 2 % 2);
+      value = 1;
+      for (int k = 0; k < size; k++) value += buffers[i % 2 * size + k].w[3];
+      block_sync(); // nobody sends before all have read: a warp that only reads would be two rounds behind
+    }
+    if (thread() == 0) out<unsigned>(p, block()) = value; // all that is sent here has come: the block may end
+  }
+};
+
+struct Scatter { // reduce-scatter in a cluster, halves of a chunk
+  static void run(const Args &p) {
+    const int size = cluster_size(), rank = cluster_rank();
+    Signal *signals = (Signal *)shared();
+    Half *buffers = (Half *)(shared() + 16);
+    if (thread() < 2) signal_init(signals + thread());
+    cluster_sync();
+    unsigned value = block();
+    for (int i = 0; i < p.n; i++) {
+      if (thread() == 0) signal_expect(signals + i % 2, size * 8);
+      if (thread() < size) push(buffers + i % 2 * size + rank, thread(), Half{{value, value}}, signals + i % 2);
+      signal_wait(signals + i % 2, i / 2 % 2);
+      value = 1;
+      for (int k = 0; k < size; k++) value += buffers[i % 2 * size + k].w[1];
+      block_sync();
+    }
+    if (thread() == 0) out<unsigned>(p, block()) = value; // all that is sent here has come: the block may end
   }
 };
 
@@ -211,12 +227,11 @@ struct Wrong {
       if (first) signal_init(s);
       cluster_sync();
       if (cluster_rank() == 0) {
-        signal_wait(s, 0);
-        if (first) push(place, 1, zero, s);
-      } else if (first) {
-        push(place, 0, zero, s); // the last thing that block 1 does
+        add_release(p.counter, 1);
+      } else {
+        wait_reached(p.counter, 32);
+        push(place, 0, zero, s);
       }
-      if (cluster_rank() == 0 && first) signal_expect(s, 16);
       break;
     case 14: // ends while something is on its way
       if (first) signal_init(s);
@@ -224,7 +239,9 @@ struct Wrong {
       if (first) push(place, 1 - cluster_rank(), zero, s);
       break;
     case 15: // waits for what nobody sends
-      if (first) signal_init(s), signal_expect(s, 32), push(place, 0, zero, s), signal_wait(s, 0);
+      if (first) signal_init(s), signal_expect(s, 32), push(place, cluster_rank(), zero, s);
+      block_sync();
+      signal_wait(s, 0);
       break;
     case 16:
       wait_reached(p.counter, 3);
@@ -257,8 +274,23 @@ struct Wrong {
     case 22:
       push(place + 1000, 0, zero, s);
       break;
+    case 23: { // a float that no tf32 is
+      float d[4] = {};
+      mma(d, {as_bits(0.1f), 0, 0, 0}, {0, 0}, tf32{});
+      break;
+    }
+    case 24: // half a warp waits
+      if (first) signal_init(s);
+      block_sync();
+      if (thread() < 16)
+        signal_wait(s, 1);
+      else
+        block_sync();
+      break;
     }
   }
 };
+
+#endif
 
 } // namespace gk

@@ -14,7 +14,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,8 +170,8 @@ def _object(variant, sanitizer: str, clusters: bool) -> Path:
         ]
     )
     flags = [*FLAGS, *SANITIZERS[sanitizer], f"-DGK_CLUSTERS={int(clusters)}"]
-    key = hashlib.sha256("\0".join([text, cells, *flags]).encode() + _headers() + _version()).hexdigest()[:24]
-    folder = BUILD / key
+    key = hashlib.sha256(repr([text, cells, *flags, sorted(_headers(text + cells).items())]).encode() + _version())
+    folder = BUILD / key.hexdigest()[:24]
     target = folder / "kernel.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,27 +180,31 @@ def _object(variant, sanitizer: str, clusters: bool) -> Path:
         parts = [_runtime("runtime.cpp"), *([_runtime("undefined.cpp")] if sanitizer == "plain" else [])]
         includes = [f"-I{p}" for p in (folder, KERNELS, HERE)]
         _compile([*flags, *includes, "-c", folder / "kernel.cpp"], folder / "kernel.o")
-        # Linked without its sanitizer, whose library would answer where `undefined.cpp` is to.
-        _compile(["-shared", folder / "kernel.o", *parts], target)
+        # In Python without the sanitizer's own library, which would answer where `undefined.cpp` is to.
+        library = [] if sanitizer == "plain" else SANITIZERS[sanitizer]
+        _compile(["-shared", *library, folder / "kernel.o", *parts], target)
     return target
 
 
-@functools.cache
 def _runtime(name: str) -> Path:
     """Never instrumented: a race detector is to see the kernel alone."""
-    flags = [*FLAGS, "-O2", "-c"]
-    digest = hashlib.sha256(
-        " ".join(flags).encode() + (HERE / name).read_bytes() + (HERE / "runtime.h").read_bytes() + _version()
-    )
-    target = BUILD / f"{Path(name).stem}-{digest.hexdigest()[:24]}.o"
+    return compiled([HERE / name, HERE / "runtime.h"], [*FLAGS, "-O2", "-c", HERE / name], f"{Path(name).stem}.o")
+
+
+def compiled(sources: list[Path], arguments: list, name: str) -> Path:
+    """What the compiler makes of arguments, unless it is there from the same sources."""
+    digest = hashlib.sha256(repr(list(map(str, arguments))).encode() + _version())
+    for path in sources:
+        digest.update(path.read_bytes())
+    target = BUILD / digest.hexdigest()[:24] / name
     if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        _compile([*flags, HERE / name], target)
+        _compile(arguments, target)
     return target
 
 
 def _compile(arguments: list, target: Path) -> None:
-    made = target.with_suffix(f".{os.getpid()}-{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = target.with_name(f"{target.name}-{uuid.uuid4().hex}")  # others may be at it too
     line = [*COMPILER, *map(str, arguments), "-o", str(made)]
     done = subprocess.run(line, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -206,11 +212,15 @@ def _compile(arguments: list, target: Path) -> None:
     made.replace(target)
 
 
-def _headers() -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted([*KERNELS.glob("*.cuh"), *HERE.glob("*.cuh"), *HERE.glob("*.h")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.digest()
+def _headers(text: str, seen: dict[str, str] | None = None) -> dict[str, str]:
+    """The headers of ours that a text includes, and those that they include."""
+    seen = {} if seen is None else seen
+    for name in re.findall(r'#include "(.*)"', text):
+        path = next((p / name for p in (KERNELS, HERE) if (p / name).exists()), None)
+        if path is not None and name not in seen:
+            seen[name] = path.read_text()
+            _headers(seen[name], seen)
+    return seen
 
 
 @functools.cache
