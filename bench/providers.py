@@ -39,7 +39,7 @@ TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "gru_reset_before": nn.GRU}
 
 def label(key: str) -> str:
     """What a provider is called. 'ours:exchange=grid,C=1' is ours, but for what gpu/picks.py makes of the rest."""
-    return LABELS.get(key) or f"gradkernels, {key.partition(':')[2].replace(',', ', ')}"
+    return f"gradkernels, {key.partition(':')[2].replace(',', ', ')}" if ":" in key else LABELS[key]
 
 
 class Loop(nn.Module):

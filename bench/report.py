@@ -34,6 +34,7 @@ def blank(case: Case) -> dict[str, Any]:
         "algorithm": None,
         "agreement": None,
         "error": None,
+        **({} if case.device == "cpu" else {"absent": {}, "plan": None}),
     }
 
 
@@ -42,19 +43,30 @@ def fill(row: dict[str, Any], results: dict[str, Spread]) -> None:
     row["results"] = {key: {"label": label(key), **asdict(spread)} for key, spread in results.items()}
 
 
-def judge(row: dict[str, Any], case: Case, limits: dict[str, Any], has: list[str]) -> None:
-    """Adds what follows from the measurements: rate, share of the limit, ratios, targets. has: the CPU's instruction sets."""
+def judge(
+    row: dict[str, Any], case: Case, limits: dict[str, Any], has: list[str], micro: dict[str, Any] | None = None
+) -> None:
+    """Adds what follows from the measurements: rate, share of the limit, ratios, targets. has: the CPU's instruction sets.
+
+    micro: what gpu/micro.py reports; on a GPU the limit is the floor that gpu/floor.py makes of it.
+    """
     row.update(gflop=None, gflops=None, share=None, limit_ms=None, ratio=None, ratios=[], met=None)
     if row["error"] or not row["results"]:
         return
     ours = row["results"][row["subject"]]["median"]
-    if case.kind == "time" and case.mode != "step":
+    if case.device != "cpu":
+        from bench.gpu import suite
+
+        row.update(suite.measures(row, case, limits, micro))
+    elif case.kind == "time" and case.mode != "step":
         limit = limits[case.dtype]["gflops"]
         row["gflop"] = case.flops() / 1e9
         row["gflops"] = row["gflop"] / ours * 1e3
         row["limit_ms"] = row["gflop"] / limit * 1e3
         row["share"] = row["gflops"] / limit
     for target in case.targets:
+        if target.against in row.get("absent", {}):
+            continue
         if target.against == "limit":
             value = row["share"]
         else:

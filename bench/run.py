@@ -4,6 +4,7 @@ python bench/run.py recurrent                    all rows (python -m gradkernels
 python bench/run.py recurrent --quick            small shapes, short budgets: does everything work, roughly how fast
 python bench/run.py recurrent --filter 'gru .*training' --json out.json
 python bench/run.py recurrent --save             and write bench/results/<device>/recurrent.{json,md,png}
+python bench/run.py recurrent-gpu --variants     the rows for a GPU, ours by every kind of plan (bench/gpu.sh does all of that, and more)
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ import torch
 
 from bench import apart, cases, machine, table
 from bench.agreement import Disagreement, agree
+from bench.gpu import suite as gpu
 from bench.measure import WAIT, interleaved
 from bench.providers import build
 from bench.report import SCHEMA, blank, fill, judge, summarize
+
+DEAD = 3  # exit status: the GPU takes nothing more from this process, another one may go on
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,6 +52,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--compile", action="store_true", help="against Python loops with torch.compile too (minutes more)")
     p.add_argument("--backend", help="ours by this backend (the best one that can run)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured; kept up to date row by row")
+    p.add_argument("--minutes", type=float, metavar="N", help="begin no row after that")
+    p.add_argument("--resume", action="store_true", help="go on with what is in the file of --json")
+    gpu.add_arguments(p.add_argument_group("rows for a GPU"))
     p.add_argument("--save", action="store_true", help="write JSON, table and plot into bench/results/<device>/")
     o = p.parse_args(argv)
     o.budget = o.budget or (0.4 if o.quick else 3.0)
@@ -64,7 +71,7 @@ def chosen(o: argparse.Namespace) -> list[cases.Case]:
         found = [c for c in found if any(re.search(f, c.name) or re.search(f, c.group) for f in o.filter)]
     if o.compile:
         found = [with_compiled(c) if "loop" in c.providers else c for c in found]
-    return [replace(c, backend=o.backend) for c in found]
+    return [gpu.accompanied(c, o) for c in (replace(c, backend=o.backend) for c in found)]
 
 
 def with_compiled(case: cases.Case) -> cases.Case:
@@ -79,6 +86,9 @@ def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict
 
     row = blank(case)
     try:
+        if case.device != "cpu":
+            gpu.measure(row, case, o, seen)
+            return row
         row["agreement"] = agree(case, seen)
         if case.kind == "memory":
             fill(row, apart.memory(case, o.threads))
@@ -104,16 +114,34 @@ def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict
 
 
 def rows(todo: list[cases.Case], o: argparse.Namespace, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measures and judges one after the other; the report holds what there is so far."""
+    """Measures and judges one after the other; the report holds what there is so far, and names the row under way.
+
+    Ends early when the time is up, or when the GPU takes nothing more from this process.
+    """
     seen: dict[cases.Case, dict[str, object]] = {}
-    for case in todo:
+    end = time.perf_counter() + 60 * o.minutes if o.minutes else float("inf")
+    todo = [c for c in todo if c.name not in {r["name"] for r in report["rows"]}]
+    for k, case in enumerate(todo):
+        report["not_reached"] = [c.name for c in todo[k:]]
+        if time.perf_counter() > end:
+            break
+        report["running"] = case.name
+        save(report, o)
         row = measure(case, o, seen)
-        judge(row, case, report["limits"], report["machine"]["has"])
+        judge(row, case, report["limits"], report["machine"]["has"], report.get("micro"))
         report["rows"].append(row)
         report["summary"] = summarize(report["rows"])
-        if o.json:
-            write(report, o.json)
+        report["running"], report["not_reached"] = None, report["not_reached"][1:]
+        save(report, o)
         yield row
+        if case.device != "cpu" and row["error"] and (why := gpu.dead()):
+            report["dead"] = why
+            break
+
+
+def save(report: dict[str, Any], o: argparse.Namespace) -> None:
+    if o.json:
+        write(report, o.json)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -134,48 +162,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not todo:
         print("no row matches; --list shows their names", file=sys.stderr)
         return 1
+    on_gpu = any(c.device != "cpu" for c in todo)
+    if on_gpu and (why := gpu.why_not()):
+        print(f"{o.suite} needs a GPU: {why}", file=sys.stderr)
+        return 2
     warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
     torch.set_num_threads(o.threads)
     view = table.view(sys.stdout)
     view.note("measuring the machine's limits")
     begin, brief = time.perf_counter(), 1.5 if o.quick else 6.0
-    first = machine.limits(brief)
-    options = {k: v for k, v in vars(o).items() if k not in ("json", "save", "list")}
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "suite": o.suite,
-        "options": options,
-        "machine": machine.describe(),
-        "limits": first,
-        "rows": [],
-        "summary": [],
-    }
+    options = {k: v for k, v in vars(o).items() if k not in ("json", "save", "list", "micro", "resume")}
+    report: dict[str, Any] = {"schema": SCHEMA, "suite": o.suite, "options": options, "rows": [], "summary": []}
+    report |= gpu.begin(o) if on_gpu else {"machine": machine.describe(), "limits": machine.limits(brief)}
+    if o.resume and o.json and o.json.exists():
+        resumed(report, json.loads(o.json.read_text()), todo)
     view.begin(report, todo)
     try:
         for row in rows(todo, o, report):
             view.row(row)
     except KeyboardInterrupt:
         view.note("interrupted; this is what there is")
-    # once more: a machine that was slow or fast for a moment would make every share wrong
-    last = machine.limits(brief)
-    report["limits"] = machine.better(first, last)
-    report["limits_measured"] = {"before": first, "after": last}
+    if not on_gpu:  # once more: a machine that was slow or fast for a moment would make every share wrong
+        first, last = report["limits"], machine.limits(brief)
+        report["limits"] = machine.better(first, last)
+        report["limits_measured"] = {"before": first, "after": last}
     by_name = {c.name: c for c in todo}
     for row in report["rows"]:
-        judge(row, by_name[row["name"]], report["limits"], report["machine"]["has"])
+        if row["name"] in by_name:
+            judge(row, by_name[row["name"]], report["limits"], report["machine"]["has"], report.get("micro"))
     report["summary"] = summarize(report["rows"])
-    report["seconds"] = time.perf_counter() - begin
+    report["seconds"] = report.get("seconds", 0.0) + time.perf_counter() - begin
     view.end(report)
-    if o.json:
-        write(report, o.json)
+    save(report, o)
     if o.save:
         from bench import plot
 
-        folder = Path(__file__).parent / "results" / machine.slug(report["machine"])
+        folder = Path(__file__).parent / "results" / (gpu.slug if on_gpu else machine.slug)(report["machine"])
         write(report, folder / f"{o.suite}.json")
         for path in plot.render(folder / f"{o.suite}.json"):
             view.note(f"wrote {os.path.relpath(path)}")
-    return 1 if any(row["error"] for row in report["rows"]) else 0
+    return DEAD if report.get("dead") else 1 if any(row["error"] for row in report["rows"]) else 0
+
+
+def resumed(report: dict[str, Any], before: dict[str, Any], todo: list[cases.Case]) -> None:
+    """Puts what an earlier process measured into the report; a row in which it ended has that as its error."""
+    report["rows"], report["seconds"] = before["rows"], before.get("seconds", 0.0)
+    for case in todo:
+        if case.name == before.get("running"):
+            row = {**blank(case), "error": "the process ended while this row was measured"}
+            judge(row, case, {}, [])
+            report["rows"].append(row)
+    report["summary"] = summarize(report["rows"])
 
 
 if __name__ == "__main__":

@@ -8,199 +8,32 @@ python -m bench.gpu.micro --quick               fewer sizes
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from gradkernels.cells import CELLS, Cell
+from bench.gpu.kernels import (
+    NUMBERS,
+    Arguments,
+    Part,
+    all_gather,
+    cluster_barrier,
+    empty,
+    expected,
+    launch,
+    parts,
+    tensor_cores,
+)
 
-SOURCE = Path(__file__).with_suffix(".cuh")
-NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-MOST = 4096  # bytes that a block can send to another in a round
 REPEAT = 7
-
-
-class Arguments(ctypes.Structure):
-    """MicroArgs of micro.cuh."""
-
-    _fields_ = (
-        ("rounds", ctypes.c_int),
-        ("bytes", ctypes.c_int),
-        ("sources", ctypes.c_int),
-        ("arrivals", ctypes.c_void_p),
-        ("exchange", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    )
-
-
-@dataclass(frozen=True)
-class Micro:
-    """One compiled kernel of micro.cuh, as a Machine takes it."""
-
-    template: str  # without the namespace
-    threads: int
-    C: int = 1
-    cooperative: bool = False
-    shared_bytes: int = 0
-    cell: Cell = CELLS["rnn_tanh"]  # whose text the headers hold; none of these kernels looks at it
-
-    arguments: ClassVar[str] = "MicroArgs"
-
-    def source(self) -> str:
-        return (
-            SOURCE.read_text(encoding="utf-8") + f"using Kernel = gk::{self.template};\n"
-            f'static_assert(Kernel::SHARED_BYTES <= {self.shared_bytes}, "more shared memory than is asked for");\n'
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, 1) run(gk::MicroArgs p) {{ Kernel::run(p); }}\n'
-        )
-
-
-def empty(warps: int = 1) -> Micro:
-    return Micro(f"Empty<{warps}>", 32 * warps)
-
-
-def cluster_barrier(C: int, warps: int = 8) -> Micro:
-    return Micro(f"ClusterBarrier<{C}, {warps}>", 32 * warps, C)
-
-
-def ping_pong(C: int) -> Micro:
-    return Micro(f"PingPong<{C}>", 32, C, shared_bytes=32)
-
-
-def all_gather(C: int, warps: int = 8, most: int = MOST, at_least: int = 0) -> Micro:
-    """at_least: shared memory to ask for, so that a block has its multiprocessor to itself."""
-    return Micro(f"AllGather<{C}, {warps}, {most}>", 32 * warps, C, shared_bytes=max(2 * C * most + 16, at_least))
-
-
-def grid_exchange(warps: int = 8) -> Micro:
-    return Micro(f"GridExchange<{warps}>", 32 * warps, cooperative=True)
-
-
-def stream(warps: int = 8) -> Micro:
-    return Micro(f"Stream<{warps}>", 32 * warps)
-
-
-def products(number: str, warps: int, M: int, K: int) -> Micro:
-    return Micro(f"Products<gk::{number}, {warps}, {M}, {K}>", 32 * warps, shared_bytes=8 * (K * 32 + 16))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A kernel with its sizes. `exchange`: bytes of memory in L2 that it needs, and what every word of them holds."""
-
-    what: str
-    kernel: Micro
-    blocks: int
-    rounds: int
-    bytes: int = 0
-    sources: int = 0
-    exchange: int = 16
-    word: int = 0
-    number: str = ""
-    products: int = 0  # of the tensor core in a round, by every warp
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What tells it from the other parts of a report."""
-        found = {
-            "what": self.what,
-            "C": self.kernel.C,
-            "blocks": self.blocks,
-            "threads": self.kernel.threads,
-            "bytes": self.bytes,
-            "sources": self.sources,
-            "number": self.number,
-            "products": self.products,
-        }
-        return {k: v for k, v in found.items() if v}
-
-
-ONES = {"bf16": 0x3F803F80, "fp16": 0x3C003C00, "tf32": 0x3F800000, "fp32": 0x3F800000}  # a word of ones
-
-
-def tensor_cores(number: str, warps: int, M: int, K: int, blocks: int, rounds: int = 4000) -> Part:
-    """M x K products a round of [16 x 32 bytes] by [32 bytes x 8], operands of the first in registers."""
-    kernel = products(number, warps, M, K)
-    return Part(
-        "products", kernel, blocks, rounds, exchange=M * K * 512, word=ONES[number], number=number, products=M * K
-    )
-
-
-def exchanged(blocks: int, bytes: int = 0, sources: int = 0, warps: int = 8, rounds: int = 1000) -> Part:
-    what = "exchange through L2" if bytes else "grid barrier"
-    return Part(what, grid_exchange(warps), blocks, rounds, bytes, sources, exchange=max(16, 2 * blocks * bytes))
-
-
-def parts(machine: Any, quick: bool = False) -> Iterator[Part]:
-    """All of them for a machine, those that the model of the floor cannot do without first."""
-    full = machine.multiprocessors
-    sizes = [c for c in (8, 16) if c <= machine.max_cluster]
-    for C in sizes:
-        yield Part("cluster barrier", cluster_barrier(C), C, 1000)
-        for rank in [1] if quick else [1, C // 2, C - 1]:
-            yield Part("push and back", ping_pong(C), C, 1000, sources=rank)
-        for bytes in (256, 2048) if quick else (256, 1024, 2048, 4096):
-            yield Part("all-gather", all_gather(C), C, 1000, bytes)
-    for blocks in dict.fromkeys(min(n, full) for n in (32, 64, 128, full)):
-        yield exchanged(blocks)
-        for bytes in (512,) if quick else (128, 512):
-            for sources in (blocks,) if quick else (blocks, blocks // 8):
-                yield exchanged(blocks, bytes, sources)
-    for number, dtype in NUMBERS.items():
-        yield tensor_cores(
-            number, 8, 8 // dtype.itemsize, 8, full
-        )  # as many registers of weights as fit beside the rest
-    yield tensor_cores("bf16", 1, 1, 16, 1)
-    sweep = 16 * 4 * 256  # bytes: what eight warps read at once
-    yield Part("weights from L2", stream(), full, 1000, 4 * sweep, exchange=full * 4 * sweep)
-    if quick:
-        return
-    for warps, M in ((4, 4), (16, 2)):
-        yield tensor_cores("bf16", warps, M, 8, full)
-    for C in sizes:  # all clusters at once: do they share the network?
-        most = machine.kernel(all_gather(C, at_least=machine.shared_bytes)).resident() * C
-        for bytes in (256, 2048):
-            yield Part("all-gather", all_gather(C, at_least=machine.shared_bytes), most, 1000, bytes)
-
-
-def launch(machine: Any, part: Part, device: torch.device, rounds: int | None = None) -> Callable[[int], torch.Tensor]:
-    """run(rounds) -> what each thread saw last [blocks, threads]; a launch and nothing more, memory is there before."""
-    kernel = machine.kernel(part.kernel)
-    exchange = torch.full((part.exchange // 4,), part.word, dtype=torch.int32, device=device)
-    arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-    out = torch.zeros(part.blocks, part.kernel.threads, dtype=torch.int32, device=device)
-
-    def run(rounds: int) -> torch.Tensor:
-        arrivals.zero_()
-        pointers = (t.data_ptr() for t in (arrivals, exchange, out))
-        kernel.launch(part.blocks, Arguments(rounds, part.bytes, part.sources, *pointers))
-        return out
-
-    return run
-
-
-def expected(part: Part, rounds: int) -> torch.Tensor:
-    """What launch's run gives where nothing is lost. [blocks, threads]"""
-    found = torch.full((part.blocks, part.kernel.threads), rounds, dtype=torch.int32)
-    rank = torch.arange(part.blocks) % part.kernel.C
-    if part.what == "push and back":
-        found[:, :] = 0
-        found[rank == 0, 0] = 2 * rounds
-        found[rank == part.sources, 0] = 2 * rounds - 1
-    elif part.what == "products":
-        found[:] = rounds * part.products * (32 // NUMBERS[part.number].itemsize)
-        found //= int(part.kernel.template.split(", ")[2])  # M: they are sums along the contraction
-    elif part.what == "weights from L2":
-        found[:] = 0
-    return found
 
 
 class Wrong(AssertionError):
@@ -289,6 +122,47 @@ def step_product(device: torch.device, B: int, H: int, G: int, dtype: torch.dtyp
     return {"us": statistics.median(events(graph.replay) / n for _ in range(REPEAT))}
 
 
+def matrix_product(device: torch.device, number: str) -> dict[str, Any]:
+    """GFLOP/s of torch's product of large random matrices: the rate that the large products around a walk can reach."""
+    n, dtype = 8192 if NUMBERS[number].itemsize == 2 else 4096, NUMBERS[number]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = number == "tf32"
+    try:
+        each = [events(lambda: torch.mm(a, b, out=out)) for _ in range(REPEAT + 2)][2:]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    us = statistics.median(each)
+    return {"us": us, "least": min(each), "most": max(each), "gflops": 2e-3 * n**3 / us}
+
+
+def copy(device: torch.device) -> dict[str, Any]:
+    """GB/s read and written by a copy far beyond the caches."""
+    size = 2 << 30
+    a, b = torch.ones(size, dtype=torch.uint8, device=device), torch.zeros(size, dtype=torch.uint8, device=device)
+    each = [events(lambda: b.copy_(a)) for _ in range(REPEAT + 2)][2:]
+    us = statistics.median(each)
+    return {"us": us, "least": min(each), "most": max(each), "gbs": 2e-3 * size / us}
+
+
+def clock(machine: Any, device: torch.device) -> dict[str, Any]:
+    """Megahertz of the multiprocessors while tensor cores work, as nvidia-smi reads them."""
+    part = tensor_cores("bf16", 8, 4, 8, machine.multiprocessors)
+    run = launch(machine, part, device)
+    brief = events(lambda: run(part.rounds))
+    run(int(part.rounds * min(5e4, 1.5e6 / brief)))  # a second and a half
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # it counts devices in another order
+    line = ["nvidia-smi", f"--id={which}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        found = [float(subprocess.run(line, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise RuntimeError(f"nvidia-smi does not say: {e}") from e
+    finally:
+        torch.cuda.synchronize(device)
+    return {"mhz": statistics.median(found)}
+
+
 Job = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
@@ -296,8 +170,13 @@ def jobs(machine: Any, device: torch.device, quick: bool) -> Iterator[Job]:
     """Every measurement: what tells it from the others, and how it is taken."""
     yield {"what": "clusters at a time"}, lambda: active(machine)
     yield {"what": "launch"}, lambda: launches(machine, device)
+    yield {"what": "clock under load"}, lambda: clock(machine, device)
     for part in parts(machine, quick):
         yield part.key, lambda part=part: measure(machine, part, device)
+    yield {"what": "copy by torch"}, lambda: copy(device)
+    for number in NUMBERS:
+        key = {"what": "product of large matrices by torch", "number": number}
+        yield key, lambda number=number: matrix_product(device, number)
     for B, H in ((16, 768),) if quick else ((1, 768), (16, 768), (64, 1024)):
         key = {"what": "product of a step by torch", "B": B, "H": H, "G": 4, "number": "bf16"}
         yield key, lambda B=B, H=H: step_product(device, B, H, 4, torch.bfloat16)
@@ -312,6 +191,8 @@ def said(record: dict[str, Any]) -> str:
     if "clusters" in found:
         text = "; ".join(f"of {C}: {n['small']} / {n['whole multiprocessors']}" for C, n in found["clusters"].items())
         return f"{key['what']:28} {'(small / with all shared memory)':64} {text}"
+    if "mhz" in found:
+        return f"{key['what']:28} {sizes:64} {found['mhz']:.0f} MHz"
     more = [f"{found['us']:8.3f} us"]
     more += [f"{found['most'] - found['least']:.3f} apart"] if "most" in found else []
     more += [f"{found['gflops'] / 1e3:.1f} TFLOP/s"] if "gflops" in found else []
@@ -322,8 +203,8 @@ def said(record: dict[str, Any]) -> str:
     return f"{key['what']:28} {sizes:64} {', '.join(more)}"
 
 
-def take(todo: Iterator[Job], report: dict[str, Any], save: Callable[[], None], say: Callable[[str], None]) -> bool:
-    """Measures what the report lacks, one after the other; what fails is said in its record. Whether none failed.
+def take(todo: Iterator[Job], report: dict[str, Any], save: Callable[[], object], say: Callable[[str], object]) -> None:
+    """Measures what the report lacks, one after the other; what fails is said in its record.
 
     A part during which the process died is in the report as such, and is not tried again.
     """
@@ -341,7 +222,6 @@ def take(todo: Iterator[Job], report: dict[str, Any], save: Callable[[], None], 
             record["error"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         save()
         say(said(record))
-    return not any(r["error"] for r in records)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -353,22 +233,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu.micro needs a CUDA device and a torch built for CUDA", file=sys.stderr)
         return 2
+    report = everything(o.quick, o.json, lambda text: print(text, flush=True))
+    return 1 if any(r["error"] for r in report["records"]) else 0
+
+
+def everything(
+    quick: bool = False, path: Path | None = None, say: Callable[[str], object] = lambda text: None
+) -> dict[str, Any]:
+    """The report of the current GPU, kept in a file if one is named; what is in there is not measured again.
+
+    RuntimeError where CUDA kernels cannot run, with the reason."""
     from gradkernels.backends.cuda import driver
 
     device = torch.device("cuda", torch.cuda.current_device())
-    report: dict[str, Any] = json.loads(o.json.read_text()) if o.json and o.json.exists() else {}
+    report: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
 
     def save() -> None:
-        if o.json:
-            o.json.parent.mkdir(parents=True, exist_ok=True)
-            part = o.json.with_suffix(".part")
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
             part.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(part, o.json)
+            os.replace(part, path)
 
     machine = driver.machine(device)
-    report["machine"] = {"name": machine.name, "multiprocessors": machine.multiprocessors}
-    fine = take(jobs(machine, device, o.quick), report, save, lambda line: print(line, flush=True))
-    return 0 if fine else 1
+    report["machine"] = {k: getattr(machine, k) for k in ("name", "multiprocessors", "max_cluster", "shared_bytes")}
+    take(jobs(machine, device, quick), report, save, say)
+    return report
 
 
 if __name__ == "__main__":
