@@ -39,8 +39,8 @@ struct Forward {
 
 private:
   const ForwardArgs &p;
-  const int team, block_of_team, rank; // of the team's blocks; of the cluster's
-  const int unit0, k0;                 // the block's first unit, and first value of the contraction
+  const int team, block_of_team, rank, part; // block of the team, of the cluster; part of the contraction
+  const int unit0, k0;                       // the block's first unit, and first value of the contraction
   char *const exchange_memory;
   First first;
   Second second;
@@ -53,9 +53,9 @@ private:
 
   GK_DEVICE explicit Forward(const ForwardArgs &p)
       : p(p), team(block() / p.team.size), block_of_team(block() % p.team.size), rank(C == 1 ? 0 : cluster_rank()),
-        unit0(block_of_team * U), k0(grid ? rank * K : 0),
+        part(grid ? rank : 0), unit0(block_of_team * U), k0(part * K),
         exchange_memory(p.team.exchange + team * (FAR_BYTES + int64(p.team.size) * STREAM_BYTES)),
-        meeting{p.team.arrivals + 32 * team, unsigned(p.team.size)} {}
+        meeting{grid ? p.team.arrivals + 32 * team : nullptr, unsigned(p.team.size)} {}
 
   // ---- who does what
 
@@ -123,8 +123,14 @@ private:
         now = next, next = after;
       }
       save_state();
-      block_sync();
+      // Operand and sums are written again, the sums by neighbours too.
+      if constexpr (SPLIT > 1)
+        cluster_sync();
+      else
+        block_sync();
     }
+    first.finish();
+    if constexpr (Q > 0) second.finish();
   }
 
   GK_DEVICE void step(const Step &now, const Step &next, bool last) {
@@ -187,7 +193,7 @@ private:
         if (thread() == 0) signal_expect(signal(0), Parts::BYTES);
       Parts::scatter(d, OCTETS * GATES, [&](int octet, int nt, int gate, auto value) {
         octet += wm() * OCTETS;
-        const int source = rank * WK + wk(), owner = octet / (U / 8);
+        const int source = part * WK + wk(), owner = octet / (U / 8);
         char *to = sums.at(source, octet % (U / 8) * N_TILES + nt, gate);
         if constexpr (SPLIT > 1)
           push(to, owner, value, signal(0));
@@ -274,7 +280,7 @@ private:
 
   template <class M> GK_DEVICE void load_matrix(M &matrix, int gate0, char *shared_memory, char *global_memory) {
     const X *w = static_cast<const X *>(p.w_hh);
-    const int H_ = p.walk.H, octets_unit = (block_of_team - (grid ? rank : 0)) * U + wm() * OCTETS * 8,
+    const int H_ = p.walk.H, octets_unit = (block_of_team - part) * U + wm() * OCTETS * 8,
               k = k0 + wk() * K_TILES * values_of_tile<X>;
     const bool aligned = (reinterpret_cast<unsigned long long>(w) | H_ * sizeof(X)) % 4 == 0;
     const int gates = gate0 ? G2 : G1;

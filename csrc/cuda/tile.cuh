@@ -74,7 +74,8 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
   template <class F> GK_DEVICE void load(char *shared_memory, char *global_memory, F word) {
     in_shared = reinterpret_cast<Chunk *>(shared_memory + warp() * (IN_SHARED + RING) * TILE_BYTES) + lane();
     ring = in_shared + IN_SHARED * M_TILES * 32;
-    streamed = reinterpret_cast<Chunk *>(global_memory + warp() * STREAMED * TILE_BYTES) + lane();
+    if constexpr (STREAMED > 0)
+      streamed = reinterpret_cast<Chunk *>(global_memory + warp() * STREAMED * TILE_BYTES) + lane();
     auto tile = [&](int mt, int kt) {
       Chunk c;
       GK_UNROLL for (int i = 0; i < 4; i++) {
@@ -94,8 +95,11 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
           tile(mt, KEPT + IN_SHARED + kt);
   }
 
-  // Fills the ring. Once, some time after load.
+  // Fills the ring, once, after load; and lets what is under way arrive, before the kernel ends.
   GK_DEVICE void start() { GK_UNROLL for (int kt = 0; kt < RING; kt++) ask(kt, kt); }
+  GK_DEVICE void finish() {
+    if constexpr (STREAMED > 0) copy_wait();
+  }
 
   // d = this share times the operand, whose k-tile `first` is the warp's first. With few tiles two chains of sums hide
   // more of the latency of an mma than one.

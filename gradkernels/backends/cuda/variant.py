@@ -10,6 +10,9 @@ from gradkernels.cells.codegen import type_name
 
 BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # of a number type of platform.cuh
 LANES = 32
+TILE = 32  # bytes of the contraction that one mma takes
+FRAGMENT = 512  # bytes of 16 rows of a tile, or of 16 x 8 sums in float
+RING = 4  # tiles of the contraction that come from L2 at a time
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Variant:
     KEPT: int  # tiles of the contraction that a warp keeps in registers,
     SHARED: int  # then in shared memory; what is left is read from L2 in every step
 
+    # What tile.cuh makes of KEPT and SHARED, for a warp that has `groups` groups of 8 rows and k_tiles of the contraction.
+
+    def in_shared(self, groups: int, k_tiles: int) -> int:
+        """Bytes of shared memory for a block's part of the matrix."""
+        rest = max(0, k_tiles - self.KEPT)
+        here = min(rest, self.SHARED)
+        return self.WM * self.WK * (here + min(RING, rest - here)) * -(-groups // 2) * FRAGMENT
+
+    def streamed(self, groups: int, k_tiles: int) -> int:
+        """Bytes in L2 for what a block does not keep."""
+        return self.WM * self.WK * max(0, k_tiles - self.KEPT - self.SHARED) * -(-groups // 2) * FRAGMENT
+
     header: ClassVar[str]  # the file of csrc/cuda that it is in
     struct: ClassVar[str]  # the name of the template
     arguments: ClassVar[str]  # the structure that it takes
@@ -47,12 +62,22 @@ class Variant:
         return self.exchange == "grid"
 
     @property
+    def fits(self) -> bool:
+        """Whether the sizes are what the kernel's tiles can be put together to."""
+        raise NotImplementedError
+
+    @property
+    def registers(self) -> int:
+        """Of one thread, as far as that can be told beforehand."""
+        raise NotImplementedError
+
+    @property
     def shared_bytes(self) -> int:
         """Of shared memory, as the kernel lays it out; the compiler compares."""
         raise NotImplementedError
 
     def exchange_bytes(self, team: int) -> int:
-        """Of memory through which one team shares in L2."""
+        """Of memory for one team in L2: what its blocks share, and what of the matrix they do not keep."""
         raise NotImplementedError
 
     @property
