@@ -1,0 +1,210 @@
+// The product of backpropagation through time, dh = W^T dr, by a team of blocks that each keep a part of W.
+//
+// Dims: G gates, H units (Walk.H are real), U units of a block, N rows of the batch in a tile, C blocks of a cluster,
+//       M = C U units that a product is taken for, K gradients that a block multiplies, X number type. An octet is 8
+//       units.
+// A block computes gate gradients dr of its own U units and needs dh of the same. Gate g of unit u is row g H + u of W,
+// dh of unit j needs column j: a block's matrix is [M, K] of W^T, its operand [K, N]. Warps split M (WM) and K (WK).
+//
+// Cluster: a block multiplies its own gradients, K = G U, for all units of the team, M >= Walk.H, and pushes partial
+// sums,
+//   fp32, to their owners. In a step each block sends 4 M N bytes and does 2 K M N operations.
+// Grid: all blocks publish their gradients in L2; a block multiplies those of 1/C of the team, K = G H / C, for the
+// units of
+//   its cluster, whose blocks then push partial sums to their owners. In a step each block fetches K N values, sends 4
+//   M N bytes and does 2 K M N operations.
+// With C = 1 nothing is pushed, in either form: partial sums of warps stay in the block.
+//
+// Who may overwrite what, and when. Exchanges are numbered by `turn`; what is double is used by parity of the number.
+// * Inbox: double in a cluster. A peer pushes number e + 2 after it has received e + 1, of which this block sends its
+// part
+//   after a block_sync that follows its reading of e. Single in a grid: a peer multiplies e + 1 after this block has
+//   published e + 1, which it does after reading e. Single with C = 1: two block_syncs are between reading and writing.
+// * Gradients that a block multiplies: double in a cluster. A warp that runs ahead puts e + 1 while others multiply e;
+// it
+//   cannot put e + 2 before the block_sync of e + 1, to which they come after that. With C = 1 the product ends with a
+//   block_sync. In a grid a warp fetches what it multiplies, or there is a block_sync (meeting) between.
+// * Published gradients: double. A block publishes e + 2 after all have arrived at e + 1, which they do after fetching
+// e.
+// * The signal's phase of e + 2 (grid: e + 1) cannot complete before this block pushes its part of it, which is after a
+//   block_sync to which all threads come after they have waited for e: nobody misses a phase.
+// * The end: every push is one that its receiver waits for, so nobody is gone while somebody pushes to him.
+#pragma once
+#include "tile.cuh"
+
+namespace gk {
+
+// How a block reaches the others of its team.
+struct Link {
+  int size, rank, c; // blocks of the team; of this one: place in its team, place in its cluster
+  char *published;   // in L2
+  char *inboxes;     // in shared memory
+  Signal *signals;   // in shared memory, behind the inboxes
+  Meeting meeting;
+  unsigned turn; // exchanges so far
+};
+
+// The part of W^T that belongs to gates [GATE, GATE + GATES), and its product. AT: where its shared memory begins.
+template <class X, Exchange exchange, int C, int H, int U, int N, int WM, int WK, int KEPT, int IN_SHARED, int GATE,
+          int GATES, int AT>
+struct Transposed {
+  static constexpr bool JOINED = exchange == Exchange::Grid; // gradients of other blocks come through L2
+  static constexpr int WARPS = WM * WK, OCTETS = U / 8, N_TILES = N / 8, HALVES = !JOINED && C > 1 ? 2 : 1;
+  static constexpr int GROUPS = (C * OCTETS + WM - 1) / WM;              // octets whose dh a warp computes
+  static constexpr int SENDERS = JOINED ? (H + C * U - 1) / (C * U) : 1; // blocks whose gradients this one multiplies
+  static constexpr int OWN = GATES * U, TILE = values_of_tile<X>;        // gradients of a block for a row of the batch
+  static constexpr int K_TILES = (SENDERS * OWN + TILE * WK - 1) / (TILE * WK); // of a warp
+  static constexpr bool ALONE = WM == 1;                                        // warps share none of what they fetch
+
+  using Weights = Matrix<X, GROUPS, K_TILES, KEPT, IN_SHARED, WARPS>;
+  using Gradients = Operand<X, K_TILES * WK * TILE, N>;      // line: sender, gate, unit
+  using Published = Operand<X, C * SENDERS * OWN, N>;        // of the team
+  using Partial = Sums<WK, C * OCTETS * N_TILES, 1>;         // of the warps of a block
+  using Inbox = Sums<(C > 1 ? C : WK), OCTETS * N_TILES, 1>; // of the blocks of a cluster; of the warps of its only one
+
+  static constexpr int AT_GRADIENTS = AT + Weights::SHARED_BYTES, AT_PARTIAL = AT_GRADIENTS + HALVES * Gradients::BYTES;
+  static constexpr int END = AT_PARTIAL + (GATES > 0 && C > 1 && WK > 1 ? Partial::BYTES : 0);
+  static constexpr int PUBLISHED_BYTES = JOINED ? 2 * Published::BYTES : 0, STREAM_BYTES = Weights::STREAM_BYTES;
+
+  Weights weights;
+
+  // Once, before the first step. `stream`: of this block, STREAM_BYTES of global memory.
+  GK_DEVICE void load(const Walk &walk, const X *w, const Link &link, char *stream) {
+    const int sender = (JOINED ? link.c * SENDERS : link.rank) * U, reader = (link.rank - link.c) * U; // first units
+    weights.load(shared() + AT, stream, [=](int group, int row, int at) {
+      const int unit = reader + octet_of(link.c, wm() * GROUPS + group) * 8 + row;
+      const bool real = wm() * GROUPS + group < C * OCTETS && unit < walk.H;
+      unsigned word = 0;
+      GK_UNROLL for (int j = 0; j < 4 / int(sizeof(X)); j++) {
+        const int line = wk() * K_TILES * TILE + at + j, from = sender + line / OWN * U + line % U;
+        const bool there = real && line < SENDERS * OWN && from < walk.H;
+        const X *value = w + (there ? (int64(GATE + line % OWN / U) * walk.H + from) * walk.H + unit : 0);
+        if constexpr (sizeof(X) == 2)
+          word |= (there ? value->bits : 0u) << 16 * j;
+        else
+          word = there ? as_bits(value->value) : 0u;
+      }
+      return word;
+    });
+    // What nobody puts has to be zero: a weight of zero makes no zero of a NaN.
+    for (int at = thread() * 16; at < HALVES * Gradients::BYTES; at += 32 * WARPS * 16)
+      *reinterpret_cast<Chunk *>(shared() + AT_GRADIENTS + at) = Chunk{};
+  }
+
+  // Gradients of this lane's two rows of n-tile `nt`, of line g U + u of the block; all its lines, those beyond H as
+  // zeros.
+  GK_DEVICE static void put(const Link &link, int nt, int line, float low, float high) {
+    if constexpr (JOINED)
+      Published{link.published + link.turn % 2 * Published::BYTES}.put(nt, link.rank * OWN + line, low, high);
+    else
+      gradients(link.turn).put(nt, line, low, high);
+  }
+
+  // One exchange, after which gather has dh. Only the first `live` rows of the tile count. `ask` begins loads that are
+  // wanted afterwards, `keep` stores what nobody waits for: both run where they delay the others least.
+  template <class Ask, class Keep> GK_DEVICE void multiply(Link &link, int live, Ask ask, Keep keep) {
+    const int n_tiles = (live + 7) / 8;
+    if constexpr (JOINED) {
+      link.meeting.arrive();
+      ask();
+      keep();
+      link.meeting.wait();
+      fetch(link, n_tiles);
+    } else {
+      block_sync(); // all gradients of the block are put
+      ask();
+    }
+    float d[Weights::M_TILES][N_TILES][4];
+    weights.multiply(d, gradients(link.turn), wk() * K_TILES);
+
+    if constexpr (C == 1) {
+      store_all(inbox(link, 0), d, n_tiles);
+      if constexpr (!JOINED) keep();
+      block_sync();
+    } else {
+      if (thread() == 0) signal_expect(signal(link), C * OCTETS * n_tiles * 256);
+      if constexpr (WK == 1) {
+        GK_UNROLL for (int mt = 0; mt < Weights::M_TILES; mt++)
+            GK_UNROLL for (int nt = 0; nt < N_TILES; nt++) if (nt < n_tiles)
+                push_octets(link, wm() * GROUPS + 2 * mt, 2 * mt + 1 < GROUPS ? 2 : 1, nt, d[mt][nt]);
+      } else {
+        const Partial partial{shared() + AT_PARTIAL};
+        store_all(partial, d, n_tiles);
+        block_sync();
+        for (int i = warp(); i < C * OCTETS / 2 * n_tiles; i += WARPS) {
+          const int m = i / n_tiles * 2, nt = i % n_tiles;
+          float a[2][1], b[2][1];
+          partial.gather(a, nt * C * OCTETS + m);
+          partial.gather(b, nt * C * OCTETS + m + 1);
+          push_octets(link, m, 2, nt, {a[0][0], a[1][0], b[0][0], b[1][0]});
+        }
+      }
+      if constexpr (!JOINED) keep();
+      signal_wait(signal(link), link.turn / HALVES % 2);
+    }
+    link.turn++;
+  }
+
+  // dh of this lane's two rows of an octet of the block, by the last exchange; always added up in the same order.
+  GK_DEVICE static void gather(const Link &link, float (&dh)[2][1], int octet, int nt) {
+    inbox(link, link.turn - 1).gather(dh, nt * OCTETS + octet);
+  }
+
+private:
+  GK_DEVICE static int wm() { return warp() % WM; }
+  GK_DEVICE static int wk() { return warp() / WM; }
+  // Row m of octets of W^T is an octet of the cluster. Each block begins with its own, lest all push to the same one.
+  GK_DEVICE static int octet_of(int c, int m) { return (m + c * OCTETS) % (C * OCTETS); }
+  GK_DEVICE static Gradients gradients(unsigned turn) {
+    return {shared() + AT_GRADIENTS + turn % HALVES * Gradients::BYTES};
+  }
+  GK_DEVICE static Inbox inbox(const Link &link, unsigned turn) {
+    return {link.inboxes + turn % HALVES * Inbox::BYTES};
+  }
+  GK_DEVICE static Signal *signal(const Link &link) { return link.signals + link.turn % HALVES; }
+
+  // What this warp multiplies, or, with others, what they all do: the rest of the team beyond its last block is not
+  // there.
+  GK_DEVICE static void fetch(const Link &link, int n_tiles) {
+    constexpr int ALL = (ALONE ? 1 : WK) * K_TILES * TILE * Gradients::LINE, THREADS = ALONE ? 32 : 32 * WARPS;
+    const int begin = (ALONE ? wk() : 0) * ALL, senders = link.size - link.c * SENDERS;
+    const int bytes = (senders < SENDERS ? senders : SENDERS) * OWN * Gradients::LINE,
+              end = begin + ALL < bytes ? begin + ALL : bytes;
+    const Published from{link.published + link.turn % 2 * Published::BYTES};
+    for (int nt = 0; nt < n_tiles; nt++)
+      for (int at = begin + (ALONE ? lane() : thread()) * 16; at < end; at += THREADS * 16)
+        copy16_async(gradients(0).line(nt, 0) + at, from.line(nt, link.c * SENDERS * OWN) + at);
+    copy_commit();
+    copy_wait();
+    if constexpr (ALONE)
+      warp_sync();
+    else
+      block_sync();
+  }
+
+  // The sums of a warp, each where it belongs: item [n-tile][octet].
+  template <class Where>
+  GK_DEVICE static void store_all(const Where &where, const float (&d)[Weights::M_TILES][N_TILES][4], int n_tiles) {
+    GK_UNROLL for (int group = 0; group < GROUPS; group++) GK_UNROLL for (int nt = 0; nt < N_TILES; nt++) {
+      const int m = wm() * GROUPS + group, i = group % 2 * 2;
+      const float (&v)[4] = d[group / 2][nt];
+      if (nt < n_tiles && m < C * OCTETS)
+        *reinterpret_cast<Half *>(where.at(wk(), nt * C * OCTETS + m, 0)) = Half{{as_bits(v[i]), as_bits(v[i + 1])}};
+    }
+  }
+
+  // Sums of octets m and, if count is 2, m + 1 to their owners. Lanes 2 i and 2 i + 1 have two rows of the batch each
+  // of both; they swap, so that each has four of one, which lie side by side in an inbox.
+  GK_DEVICE static void push_octets(const Link &link, int m, int count, int nt, const float (&v)[4]) {
+    const int odd = lane() % 2;
+    const unsigned a = shuffle_xor(as_bits(odd ? v[0] : v[2]), 1), b = shuffle_xor(as_bits(odd ? v[1] : v[3]), 1);
+    const Chunk four = odd ? Chunk{{a, b, as_bits(v[2]), as_bits(v[3])}} : Chunk{{as_bits(v[0]), as_bits(v[1]), a, b}};
+    if (odd < count && m + odd < C * OCTETS) {
+      const int octet = octet_of(link.c, m + odd);
+      char *to = inbox(link, link.turn).at(link.c, nt * OCTETS + octet % OCTETS, 0) - odd * 8;
+      push(to, octet / OCTETS, four, signal(link));
+    }
+  }
+};
+
+} // namespace gk
