@@ -15,7 +15,7 @@ from gradkernels.backends import _sequence
 from gradkernels.cells import Cell
 from gradkernels.cells.codegen import device_struct
 
-from . import driver, launch
+from . import driver, launch, plan
 from .arguments import MAX_STATES
 
 Tensors = Sequence[Tensor | None]
@@ -51,8 +51,6 @@ def explain(
     Raises:
         RuntimeError: there is no GPU to ask.
     """
-    from . import plan
-
     return plan.explain(cell, H, B, dtype, torch.device("cuda") if device is None else torch.device(device))
 
 

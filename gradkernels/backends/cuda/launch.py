@@ -17,11 +17,12 @@ from torch import Tensor
 from gradkernels.backends import _sequence
 from gradkernels.cells import Cell
 
-from . import driver, step
+from . import driver, plan, step
 from .arguments import BackwardArgs, ForwardArgs, Team, address, addresses
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .variant import Variant
 
 NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 COUNTERS = 32  # of a team in Team.arrivals: a cache line of its own
@@ -32,10 +33,10 @@ def number(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and _sequence.tf32() else NUMBERS[dtype]
 
 
-def _team(chosen: Plan, like: Tensor) -> tuple[Team, list[Tensor]]:
+def _team(chosen: Plan, variant: Variant, like: Tensor) -> tuple[Team, list[Tensor]]:
     """What the blocks of a launch are told of one another, and the memory that it points to."""
-    teams, bytes = chosen.blocks // chosen.team, chosen.variant.exchange_bytes(chosen.team)
-    arrivals = like.new_zeros(teams, COUNTERS, dtype=torch.int32) if chosen.variant.cooperative else None
+    teams, bytes = chosen.blocks // chosen.team, variant.exchange_bytes(chosen.team)
+    arrivals = like.new_zeros(teams, COUNTERS, dtype=torch.int32) if variant.cooperative else None
     exchange = like.new_empty(teams * bytes, dtype=torch.uint8) if bytes else None
     return Team(chosen.team, address(arrivals), address(exchange)), [v for v in (arrivals, exchange) if v is not None]
 
@@ -59,17 +60,15 @@ def forward(
     raw: Tensor | None,  # [N, H]
     acts: Tensor | None,  # [N, A, H]
 ) -> None:
-    from . import plan
-
     machine, kind = driver.machine(gates.device), number(gates.dtype)
     H = w_hh.shape[0] // cell.G
     chosen = plan.plan(machine, cell, kind, H, steps.B, "forward")
     try:
-        if chosen.kind == "step" or w_hr is not None:
+        if chosen.variant is None or w_hr is not None:
             known = None if sizes is None else sizes.tolist()
             step.forward(machine, kind, cell, gates, w_hh, b_hh, w_hr, state, steps, known, seq, final, raw, acts)
             return
-        team, shared = _team(chosen, gates)
+        team, shared = _team(chosen, chosen.variant, gates)
         args = ForwardArgs(
             step.walk(steps, H), team, address(gates), address(w_hh), address(b_hh), addresses(state), addresses(seq),
             addresses(final), address(acts),
@@ -98,19 +97,17 @@ def backward(
     dstate: Sequence[Tensor],  # S of [B, R], [B, H] ..
     norms: Tensor | None,  # float64 [T, S]
 ) -> None:
-    from . import plan
-
     machine, kind = driver.machine(dgates.device), number(dgates.dtype)
     H = w_hh.shape[0] // cell.G
     chosen = plan.plan(machine, cell, kind, H, steps.B, "backward", norms=norms is not None)
     try:
-        if chosen.kind == "step" or w_hr is not None:
+        if chosen.variant is None or w_hr is not None:
             known = None if sizes is None else sizes.tolist()
             step.backward(
                 machine, kind, cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, known, dgates, dr, operand, dproj, dstate, norms
             )  # fmt: skip
             return
-        team, shared = _team(chosen, dgates)
+        team, shared = _team(chosen, chosen.variant, dgates)
         parts = None if norms is None else norms.new_zeros(steps.T, chosen.blocks, cell.S)
         args = BackwardArgs(
             step.walk(steps, H), team, address(w_hh), address(acts), addresses(seq), addresses(state), addresses(grads[: cell.S]),

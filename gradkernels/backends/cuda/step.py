@@ -103,7 +103,7 @@ def product(like: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
     if like.dtype is torch.float32:
         return lambda a, b, out: torch.mm(a, b, out=out)
     if like.is_cuda:
-        return lambda a, b, out: torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+        return lambda a, b, out: torch.mm(a, b, out_dtype=torch.float32, out=out)
     return lambda a, b, out: torch.mm(a.float(), b.float(), out=out)
 
 
