@@ -168,6 +168,7 @@ private:
         GK_UNROLL for (int k = 0; k < S; k++) store(as<X>(p.dstate[k])[at], ds[slot][j][k]);
       });
     }
+    copy_wait(); // what of the matrix is still on its way for a step that there is not
   }
 
   // Step i, `now`: adjoints of the states after it become those of the states before it.
