@@ -18,6 +18,16 @@ SCHEMA = 1
 MEANS = {"lstm": 1.5, "gru": 3.0}  # geometric means over the plain fp32 shapes, inference and training
 
 
+def number(value: float | None) -> str:
+    """Three significant digits, never in exponent form."""
+    if value is None:
+        return ""
+    for limit, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if abs(value) < limit:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
 def blank(case: Case) -> dict[str, Any]:
     """A row before anything is known."""
     fields = {k: v for k, v in case.as_dict().items() if k not in ("targets", "providers")}

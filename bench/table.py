@@ -8,11 +8,13 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from bench.cases import Case
+from bench.gpu import page
 from bench.providers import label
-from bench.report import short
+from bench.report import number, short
 
 HEADINGS = ["ours", "q1 - q3", "peer", "ratio", "asked", "GFLOP/s", "of limit", "rounds", "met"]
-WIDTHS = [9, 17, 9, 7, 11, 8, 8, 8, 4]
+ON_GPU = [{"GFLOP/s": "us a step (floor)", "of limit": "of floor"}.get(h, h) for h in HEADINGS]
+WIDTHS = [9, 17, 9, 7, 11, 17, 8, 8, 4]
 GROUPS = {
     "shapes": "Plain layers, fp32: one layer, input = hidden, against torch.nn",
     "bf16": "bf16, against torch.nn in bf16; then against our own fp32",
@@ -22,18 +24,17 @@ GROUPS = {
     "one step": "One step of one row, a module call without gradients, against nn.LSTM; then against nn.LSTMCell",
     "gradient taps": "Training with gradient taps on, against ours with them off",
     "peak memory": "Peak memory of training above layer and input, fresh processes, against torch.nn",
+    **page.GROUPS,
     "two processes": "Two processes training at once on the same cores, the slower of the two, against two of torch",
 }
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, never in exponent form."""
-    if value is None:
-        return ""
-    for limit, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
-        if abs(value) < limit:
-            return f"{value:.{digits}f}"
-    return f"{value:,.0f}"
+def on_gpu(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(r.get("device", "cpu") != "cpu" for r in rows)
+
+
+def headings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return ON_GPU if on_gpu(rows) else HEADINGS
 
 
 def times(value: float | None) -> str:
@@ -61,7 +62,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The columns under HEADINGS."""
+    """The columns under `headings`."""
     ours, peer = row["results"][row["subject"]], row["results"][row["peer"]]
     single = ours["samples"] == 1
     rounds = "" if row["rounds"] is None else f"{row['rounds']}" + (f" -{row['dropped']}" if row["dropped"] else "")
@@ -71,7 +72,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(peer["median"]),
         times(row["ratio"]),
         asked(row),
-        number(row["gflops"]),
+        page.pace(row) if on_gpu([row]) else number(row["gflops"]),
         "" if row["share"] is None else f"{row['share']:.0%}",
         rounds,
         verdict(row),
@@ -80,6 +81,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def head(report: dict[str, Any]) -> list[str]:
     """The machine, the versions, and the limits."""
+    if report["machine"]["device"] != "cpu":
+        return page.head(report)
     m, limits = report["machine"], report["limits"]
     v = m["versions"]
     commit = (m["commit"] or "no commit")[:10] + (" and changes not committed" if m["dirty"] else "")
@@ -107,6 +110,8 @@ def foot(report: dict[str, Any]) -> list[str]:
     judged = [r for r in report["rows"] if r.get("met") is not None]
     if judged:
         found.append(f"{sum(r['met'] for r in judged)} of {len(judged)} rows meet everything asked of them")
+    if report.get("not_reached"):
+        found.append(f"not reached: {', '.join(report['not_reached'])}")
     return found
 
 
@@ -139,7 +144,7 @@ class Plain:
         if row["group"] != self.group:
             self.group = row["group"]
             self.note(f"\n{GROUPS.get(self.group, self.group)}")
-            self.note(self.line(f"{row['unit']}  (row {self.done} of {self.total})", HEADINGS))
+            self.note(self.line(f"{row['unit']}  (row {self.done} of {self.total})", headings([row])))
         if row["error"]:
             self.note(f"{row['name']:<{self.width}}  {row['error']}")
         else:
@@ -194,7 +199,7 @@ class Live:
             more = any(extras(r) for r in rows if not r["error"])
             table = Table(title=GROUPS.get(group, group), title_justify="left", title_style="bold", box=None)
             table.add_column(rows[0]["unit"])
-            for heading in HEADINGS:
+            for heading in headings(rows):
                 table.add_column(heading, justify="right", no_wrap=True)
             if more:
                 table.add_column("also")
@@ -220,14 +225,18 @@ def view(out: TextIO) -> Plain | Live:
 
 def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pictures: Sequence[str] = ()) -> str:
     """The whole report as a page. reasons: why a row is short, by its name; a short row without one is said to have none."""
-    out = [f"# {report['suite'].capitalize()} layers on {report['machine']['cpu']}", ""]
+    gpu = report["machine"].get("gpu")
+    out = [
+        f"# {report['suite'].removesuffix('-gpu').capitalize()} layers on {gpu['name'] if gpu else report['machine']['cpu']}",
+        "",
+    ]
     for picture in pictures:
         out += [f"![ratios of every row]({picture})", ""]
-    out += [*(f"* {line}" for line in [*head(report), *foot(report)]), "", READING, ""]
+    out += [*(f"* {line}" for line in [*head(report), *foot(report)]), "", page.READING if gpu else READING, ""]
     for group, members in groupby(report["rows"], key=lambda r: r["group"]):
         rows = list(members)
         more = any(extras(r) for r in rows if not r["error"])
-        titles = [rows[0]["unit"], *HEADINGS, *(["also"] if more else [])]
+        titles = [rows[0]["unit"], *headings(rows), *(["also"] if more else [])]
         out += [
             f"## {GROUPS.get(group, group)}",
             "",
@@ -246,6 +255,11 @@ def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pict
         peers = sorted({f"{r['results'][r['peer']]['label']}: {r['algorithm']}" for r in rows if r.get("algorithm")})
         if peers and not any(r["peer"].startswith("ours") for r in rows):
             out += [f"The peer's algorithm: {'; '.join(peers)}.", ""]
+        notes = [f"* {r['name']}: {r['plan']}" for r in rows if r.get("plan")]
+        notes += [
+            f"* {r['name']}, not timed: {label(k)}, {why}" for r in rows for k, why in r.get("absent", {}).items()
+        ]
+        out += ["How ours ran:", "", *notes, ""] if notes else []
     missed = [r for r in report["rows"] if r.get("met") is False]
     if missed:
         out += ["## Rows that are short, and why", ""]
