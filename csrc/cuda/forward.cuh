@@ -47,9 +47,15 @@ private:
   Meeting meeting;
   unsigned turn = 0, sent = 0; // exchanges of operands, of partial sums
 
-  float bias[SLOTS][G], s[SLOTS][2][S];
+  float bias[DIRECT ? OCTETS : SLOTS][G], s[SLOTS][2][S];
   X x[SLOTS][2][G];
   int row0; // of the tile
+
+  // Asked for two steps ahead, so that nobody waits for it; hence nothing is made of it here.
+  struct Step {
+    int rows, start; // the first token, or the time if steps are all of the same size
+  };
+  Step now, next;
 
   GK_DEVICE explicit Forward(const ForwardArgs &p)
       : p(p), team(block() / p.team.size), block_of_team(block() % p.team.size), rank(C == 1 ? 0 : cluster_rank()),
@@ -73,21 +79,19 @@ private:
 
   // ---- a step: when it begins, and its gates
 
-  struct Step {
-    int rows = 0;
-    int64 token = 0;
-  };
   GK_DEVICE Step step_at(int i) const {
-    Step step;
-    step.rows = p.walk.rows_at(i);
-    if (step.rows) step.token = p.walk.first ? p.walk.first[p.walk.time(i)] : int64(p.walk.time(i)) * p.walk.B;
-    return step;
+    const int t = p.walk.time(i);
+    const bool there = i >= 0 && i < p.walk.T;
+    return {p.walk.rows_at(i), there && p.walk.first ? p.walk.first[t] : t};
+  }
+  GK_DEVICE int64 token(const Step &step, int b) const {
+    return (p.walk.first ? step.start : int64(step.start) * p.walk.B) + p.walk.column(b);
   }
   GK_DEVICE void ask(const Step &step) {
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int j = 0; j < 2; j++) {
       const bool live = active(slot) && row(slot, j) < step.rows && unit(slot) < p.walk.H;
-      const X *from = static_cast<const X *>(p.gates) +
-                      (live ? (step.token + p.walk.column(row(slot, j))) * G * p.walk.H + unit(slot) : 0);
+      const X *from =
+          static_cast<const X *>(p.gates) + (live ? token(step, row(slot, j)) * G * p.walk.H + unit(slot) : 0);
       GK_UNROLL for (int g = 0; g < G; g++) x[slot][j][g] = live ? from[g * p.walk.H] : X{};
     }
   }
@@ -95,10 +99,9 @@ private:
   // ---- the walk
 
   GK_DEVICE void walk() {
-    load_matrix(first, 0, shared(), exchange_memory + FAR_BYTES + int64(block_of_team) * STREAM_BYTES);
-    if constexpr (Q > 0)
-      load_matrix(second, G1, shared() + AT_SECOND,
-                  exchange_memory + FAR_BYTES + int64(block_of_team) * STREAM_BYTES + First::STREAM_BYTES);
+    char *streamed = exchange_memory + FAR_BYTES + int64(block_of_team) * STREAM_BYTES;
+    load_matrix<First, 0>(first, shared(), streamed);
+    if constexpr (Q > 0) load_matrix<Second, G1>(second, shared() + AT_SECOND, streamed + First::STREAM_BYTES);
     load_bias();
     clear_beyond();
     if constexpr (C > 1) {
@@ -115,13 +118,9 @@ private:
     for (row0 = team * N; row0 < p.walk.B; row0 += teams * N) {
       load_state();
       const Span span = span_of_row(p.walk, row0);
-      Step now = step_at(span.begin), next = step_at(span.begin + 1);
+      now = step_at(span.begin), next = step_at(span.begin + 1);
       ask(now);
-      for (int i = span.begin; i < span.end; i++) {
-        const Step after = step_at(i + 2);
-        step(now, next, i + 1 == span.end);
-        now = next, next = after;
-      }
+      for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
       save_state();
       // Operand and sums are written again, the sums by neighbours too.
       if constexpr (SPLIT > 1)
@@ -133,7 +132,7 @@ private:
     if constexpr (Q > 0) second.finish();
   }
 
-  GK_DEVICE void step(const Step &now, const Step &next, bool last) {
+  GK_DEVICE void step(int i, bool last) {
     float r[SLOTS][2][G], xs[SLOTS][2][G];
     X acts[SLOTS][2][A ? A : 1];
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int j = 0; j < 2; j++)
@@ -170,9 +169,10 @@ private:
     if constexpr (grid)
       if (!last) meeting.arrive();
 
-    save(now, acts);
+    save(acts);
     if (last) return;
     ask(next);
+    now = next, next = step_at(i + 2);
     end_exchange();
   }
 
@@ -185,7 +185,7 @@ private:
       GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int g = 0; g < GATES; g++) {
         const int group = slot / N_TILES * GATES + g;
         GK_UNROLL for (int j = 0; j < 2; j++) r[slot][j][G0 + g] =
-            d[group / 2][slot % N_TILES][group % 2 * 2 + j] + bias[slot][G0 + g];
+            d[group / 2][slot % N_TILES][group % 2 * 2 + j] + bias[DIRECT ? slot / N_TILES : slot][G0 + g];
       }
     } else {
       const Parts sums{shared() + AT_SUMS};
@@ -193,10 +193,10 @@ private:
         if (thread() == 0) signal_expect(signal(0), Parts::BYTES);
       Parts::scatter(d, OCTETS * GATES, [&](int octet, int nt, int gate, auto value) {
         octet += wm() * OCTETS;
-        const int source = part * WK + wk(), owner = octet / (U / 8);
+        const int source = part * WK + wk();
         char *to = sums.at(source, octet % (U / 8) * N_TILES + nt, gate);
         if constexpr (SPLIT > 1)
-          push(to, owner, value, signal(0));
+          push(to, octet / (U / 8), value, signal(0)); // to the owner of the units
         else
           *reinterpret_cast<decltype(value) *>(to) = value;
       });
@@ -208,7 +208,7 @@ private:
         float sum[2][GATES];
         sums.gather(sum, item(slot));
         GK_UNROLL for (int j = 0; j < 2; j++) GK_UNROLL for (int g = 0; g < GATES; g++) r[slot][j][G0 + g] =
-            sum[j][g] + bias[slot][G0 + g];
+            sum[j][g] + bias[DIRECT ? slot / N_TILES : slot][G0 + g];
       }
     }
   }
@@ -278,22 +278,30 @@ private:
 
   // ---- before and after the steps
 
-  template <class M> GK_DEVICE void load_matrix(M &matrix, int gate0, char *shared_memory, char *global_memory) {
+  template <class M, int gate0> GK_DEVICE void load_matrix(M &matrix, char *shared_memory, char *global_memory) {
+    if (sizeof(X) == 4 || (reinterpret_cast<unsigned long long>(p.w_hh) | p.walk.H * sizeof(X)) % 4 == 0)
+      load_matrix<M, gate0, true>(matrix, shared_memory, global_memory);
+    else
+      load_matrix<M, gate0, false>(matrix, shared_memory, global_memory);
+  }
+  template <class M, int gate0, bool aligned>
+  GK_DEVICE void load_matrix(M &matrix, char *shared_memory, char *global_memory) {
     const X *w = static_cast<const X *>(p.w_hh);
-    const int H_ = p.walk.H, octets_unit = (block_of_team - part) * U + wm() * OCTETS * 8,
-              k = k0 + wk() * K_TILES * values_of_tile<X>;
-    const bool aligned = (reinterpret_cast<unsigned long long>(w) | H_ * sizeof(X)) % 4 == 0;
-    const int gates = gate0 ? G2 : G1;
-    matrix.load(shared_memory, global_memory, [=](int group, int row, int at) {
-      const int u = octets_unit + group / gates * 8 + row;
-      return u < H_ ? word_of_row(w + (int64(gate0 + group % gates) * H_ + u) * H_, k + at, H_, aligned) : 0;
+    const int width = p.walk.H, first_unit = (block_of_team - part) * U + wm() * OCTETS * 8;
+    const int first_k = k0 + wk() * K_TILES * values_of_tile<X>;
+    matrix.load(shared_memory, global_memory, [=](int group, int row, int k) {
+      constexpr int gates = gate0 ? G2 : G1;
+      const int u = first_unit + group / gates * 8 + row;
+      const X *from = w + (int64(gate0 + group % gates) * width + u) * width;
+      return u < width ? word_of_row<aligned>(from, first_k + k, width) : 0;
     });
   }
 
   GK_DEVICE void load_bias() {
-    GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int g = 0; g < G; g++) {
+    GK_UNROLL for (int slot = 0; slot < SLOTS; slot += DIRECT ? N_TILES : 1) GK_UNROLL for (int g = 0; g < G; g++) {
       const bool there = p.b_hh && active(slot) && unit(slot) < p.walk.H;
-      bias[slot][g] = there ? to_float(static_cast<const X *>(p.b_hh)[g * p.walk.H + unit(slot)]) : 0.f;
+      bias[DIRECT ? slot / N_TILES : slot][g] =
+          there ? to_float(static_cast<const X *>(p.b_hh)[g * p.walk.H + unit(slot)]) : 0.f;
     }
   }
 
@@ -332,15 +340,15 @@ private:
     block_sync();
   }
 
-  GK_DEVICE void save(const Step &now, const X (&acts)[SLOTS][2][A ? A : 1]) const {
+  GK_DEVICE void save(const X (&acts)[SLOTS][2][A ? A : 1]) const {
     const int H_ = p.walk.H;
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++)
         GK_UNROLL for (int j = 0; j < 2; j++) if (active(slot) && row(slot, j) < now.rows && unit(slot) < H_) {
-      const int64 token = now.token + p.walk.column(row(slot, j));
+      const int64 at = token(now, row(slot, j));
       GK_UNROLL for (int k = 0; k < S; k++) if (p.seq[k])
-          store(static_cast<X *>(p.seq[k])[token * H_ + unit(slot)], s[slot][j][k]);
+          store(static_cast<X *>(p.seq[k])[at * H_ + unit(slot)], s[slot][j][k]);
       if (A > 0 && p.acts)
-        GK_UNROLL for (int k = 0; k < A; k++) static_cast<X *>(p.acts)[(token * A + k) * H_ + unit(slot)] =
+        GK_UNROLL for (int k = 0; k < A; k++) static_cast<X *>(p.acts)[(at * A + k) * H_ + unit(slot)] =
             acts[slot][j][k];
     }
   }

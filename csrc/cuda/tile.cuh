@@ -159,12 +159,9 @@ private:
   }
 };
 
-// The 4 bytes that begin at value k of a row of a [rows, width] matrix, 0 beyond its end; `aligned` if all such words
-// are.
-template <class X> GK_DEVICE unsigned word_of_row(const X *row, int k, int width, bool aligned) {
-  if constexpr (sizeof(X) == 4)
-    return k < width ? *reinterpret_cast<const unsigned *>(row + k) : 0;
-  else if (aligned)
+// The 4 bytes that begin at value k of a row of so many, 0 beyond its end; `aligned`: all such words are.
+template <bool aligned, class X> GK_DEVICE unsigned word_of_row(const X *row, int k, int width) {
+  if constexpr (sizeof(X) == 4 || aligned)
     return k < width ? *reinterpret_cast<const unsigned *>(row + k) : 0;
   else
     return (k < width ? row[k].bits : 0u) | (k + 1 < width ? row[k + 1].bits : 0u) << 16;
@@ -201,17 +198,22 @@ template <int SOURCES, int ITEMS, int GATES> struct Sums {
 
   // The sums of this lane's two batch rows of an item, always in the same order.
   GK_DEVICE void gather(float (&sum)[2][GATES], int item) const {
-    GK_UNROLL for (int j = 0; j < 2; j++) GK_UNROLL for (int gate = 0; gate < GATES; gate++) sum[j][gate] = 0;
-    GK_UNROLL for (int source = 0; source < SOURCES; source++)
-        GK_UNROLL for (int gate = 0; gate < GATES; gate += PAIRS ? 2 : 1) {
-      if constexpr (PAIRS) {
-        const Chunk c = *reinterpret_cast<const Chunk *>(at(source, item, gate));
-        GK_UNROLL for (int i = 0; i < 4; i++) sum[i % 2][gate + i / 2] += as_float(c.w[i]);
-      } else {
-        const Half h = *reinterpret_cast<const Half *>(at(source, item, gate));
-        GK_UNROLL for (int j = 0; j < 2; j++) sum[j][gate] += as_float(h.w[j]);
+    GK_UNROLL for (int source = 0; source < SOURCES; source++) {
+      GK_UNROLL for (int gate = 0; gate < GATES; gate += PAIRS ? 2 : 1) {
+        if constexpr (PAIRS) {
+          const Chunk c = *reinterpret_cast<const Chunk *>(at(source, item, gate));
+          GK_UNROLL for (int i = 0; i < 4; i++) add(sum[i % 2][gate + i / 2], c.w[i], source);
+        } else {
+          const Half h = *reinterpret_cast<const Half *>(at(source, item, gate));
+          GK_UNROLL for (int j = 0; j < 2; j++) add(sum[j][gate], h.w[j], source);
+        }
       }
     }
+  }
+
+private:
+  GK_DEVICE static void add(float &sum, unsigned bits, int source) {
+    sum = source ? sum + as_float(bits) : as_float(bits);
   }
 };
 
