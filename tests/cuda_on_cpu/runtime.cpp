@@ -25,15 +25,19 @@ namespace {
 constexpr int warp_size = 32;
 constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4 << 10;
 
+const char *base_name(const char *path) {
+  const char *slash = strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
 struct Call {
   const char *primitive = "nothing";
   Site site{"", 0};
   bool operator==(const Call &c) const {
-    return primitive == c.primitive && site.line == c.site.line && !strcmp(site.file, c.site.file);
+    return site.line == c.site.line && !strcmp(primitive, c.primitive) && !strcmp(site.file, c.site.file);
   }
   std::string text() const {
-    const char *slash = strrchr(site.file, '/');
-    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + " " + primitive;
+    return std::string(base_name(site.file)) + ":" + std::to_string(site.line) + " " + primitive;
   }
 };
 
@@ -100,6 +104,11 @@ struct Fiber {
   bool runnable() const;
 };
 
+struct LeftOut {
+  std::string file, primitive;
+  int line;
+};
+
 struct Machine {
   Launch how;
   void (*kernel)(const void *);
@@ -109,9 +118,8 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::map<const void *, Counter> counters;
   std::map<const void *, Mailbox> mailboxes;
-  std::set<std::string> left_out;
-  std::map<std::tuple<const void *, int, const void *>, bool> sites; // met (file, line, primitive): whether in force
-  std::set<std::string> met;
+  std::vector<LeftOut> left_out;
+  std::map<std::tuple<const char *, int, const char *>, bool> sites; // met (file, line, primitive): whether in force
   std::string report;
   Outcome outcome = Done;
   int conflicts = 0;
@@ -238,11 +246,9 @@ bool in_force(const char *primitive, Site site) {
   enter(primitive, site);
   AsScheduler here;
   auto [found, first] = machine->sites.try_emplace({site.file, site.line, primitive}, true);
-  if (first) {
-    const std::string text = self->call.text();
-    found->second = !machine->left_out.count(text);
-    machine->met.insert(text);
-  }
+  if (first) // no strings here: the race detector would see them on this fiber's stack
+    for (const LeftOut &s : machine->left_out)
+      found->second &= s.line != site.line || s.primitive != primitive || s.file != base_name(site.file);
   return found->second;
 }
 
@@ -525,7 +531,7 @@ Outcome launch(const Launch &how, void (*kernel)(const void *), const void *argu
   Machine &m = *machine;
   m.how = how, m.kernel = kernel, m.arguments = arguments;
   std::istringstream left_out(how.left_out ? how.left_out : "");
-  for (std::string line; std::getline(left_out, line);) m.left_out.insert(line);
+  for (LeftOut s; std::getline(left_out >> std::ws, s.file, ':') >> s.line >> s.primitive;) m.left_out.push_back(s);
   if (how.blocks < 1 || how.cluster < 1 || how.blocks % how.cluster || how.threads % warp_size || how.threads < 1 ||
       how.threads > 1024) {
     m.outcome = Fault, m.report = "no such launch";
@@ -546,7 +552,9 @@ Outcome launch(const Launch &how, void (*kernel)(const void *), const void *argu
   }
   report_text = m.report;
   sites_text.clear();
-  for (const std::string &site : m.met) sites_text += site + "\n";
+  std::set<std::string> sites;
+  for (auto &[key, on] : m.sites) sites.insert(Call{std::get<2>(key), {std::get<0>(key), std::get<1>(key)}}.text());
+  for (const std::string &site : sites) sites_text += site + "\n";
   return m.outcome;
 }
 
