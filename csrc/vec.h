@@ -62,6 +62,7 @@ template <class T> struct Vec {
   friend Bits operator>(Vec a, Vec b) { return a.v > b.v; }
   friend Bits operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend Bits operator>=(Vec a, Vec b) { return a.v >= b.v; }
+  friend Bits operator==(Vec a, Vec b) { return a.v == b.v; }
   friend Vec where(Bits c, Vec a, Vec b) { return c ? a.v : b.v; }
 
   // min(x, bound) and max(x, bound) let a NaN in x through. Compilers turn the comparison into compare-and-blend, a

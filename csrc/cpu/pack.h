@@ -134,9 +134,9 @@ template <class P> inline void store_words(P *p, Word<P> w) { std::memcpy(static
 
 // ---- orders
 
-// Weights [G * H, K] row-major -> panels of [K][G][L], vectors of units [v0, v1): for sums along a row (forward).
-template <class P, class T>
-void pack_gates(const T *w, P *out, int64_t panel, int G, int64_t H, int64_t K, int64_t v0, int64_t v1) {
+// G rows of K values for each of H units -> panels of [K][G][L], vectors of units [v0, v1): for sums along a row.
+template <class P, class Row>
+void pack_units(Row row, P *out, int64_t panel, int G, int64_t H, int64_t K, int64_t v0, int64_t v1) {
   using W = Word<P>;
   constexpr int L = W::size, depth = Dot<P>::depth;
   const int64_t steps = sum_steps<P>(K);
@@ -144,11 +144,16 @@ void pack_gates(const T *w, P *out, int64_t panel, int G, int64_t H, int64_t K, 
     for (int g = 0; g < G; g++)
       for (int64_t k = 0; k < steps; k += L) {
         W block[L];
-        for (int j = 0; j < L; j++) block[j] = v * L + j < H ? row_words<P>(w + (g * H + v * L + j) * K, k, K) : W(0);
+        for (int j = 0; j < L; j++) block[j] = v * L + j < H ? row_words<P>(row(g, v * L + j), k, K) : W(0);
         transpose(block);
         for (int64_t i = 0; i < std::min<int64_t>(L, steps - k); i++)
           store_words(out + v * panel + ((k + i) * G + g) * L * depth, block[i]);
       }
+}
+// Weights [G * H, K] row-major in that order (forward).
+template <class P, class T>
+void pack_gates(const T *w, P *out, int64_t panel, int G, int64_t H, int64_t K, int64_t v0, int64_t v1) {
+  pack_units([=](int g, int64_t unit) { return w + (g * H + unit) * K; }, out, panel, G, H, K, v0, v1);
 }
 
 // Rows of `columns` stored values, K of them -> panels of [K][L], vectors of columns [v0, v1): for sums along a column.
