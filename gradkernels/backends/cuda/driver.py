@@ -142,7 +142,7 @@ class Machine:
                 texts = {**nvrtc.headers(), "cells.cuh": device_struct(variant.cell)}
                 compiled = nvrtc.compile(variant.source(), texts, nvrtc.architecture(self.capability))
                 with self.setting_up():
-                    self._kernels[variant] = Kernel(self, variant, compiled.cubin)
+                    self._kernels[variant] = Kernel(self, variant, compiled)
             return self._kernels[variant]
 
     @contextlib.contextmanager
@@ -163,14 +163,17 @@ class Machine:
 class Kernel:
     """A variant on a GPU."""
 
-    def __init__(self, machine: Machine, variant: Variant, cubin: bytes):
+    variant: Variant
+    spilled: int  # bytes that a thread writes to and reads from memory because registers did not suffice
+
+    def __init__(self, machine: Machine, variant: Variant, compiled: nvrtc.Compiled):
         """With the machine setting up."""
-        self.variant = variant
+        self.variant, self.spilled = variant, compiled.spilled
         self._machine, self._cuda = machine, machine._cuda
         self._thread = threading.local()
         cuda, limits = self._cuda, self._cuda.CUfunction_attribute
         try:
-            library = check(cuda.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))  # for the life of the process
+            library = check(cuda.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0))  # for the life of the process
             self._function = check(cuda.cuKernelGetFunction(check(cuda.cuLibraryGetKernel(library, b"run"))))
             if check(cuda.cuDriverGetVersion()) >= EAGER:
                 check(cuda.cuFuncLoad(self._function))  # not at the first launch, which may be under capture

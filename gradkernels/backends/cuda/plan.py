@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from .driver import Machine
 
 WALKS: dict[str, type[Variant]] = {"forward": Forward, "backward": Backward}
-REGISTERS, REGISTERS_OF_THREAD = 65536, 255  # of a multiprocessor, of every GPU that kernels run on
+REGISTERS = 65536  # of a multiprocessor, of every GPU that kernels run on
+REGISTERS_OF_THREAD = 255
+SPARE = 16  # of a thread: what variants say of their registers is an estimate
 ROWS = (8, 16, 32, 64)  # of a tile of the batch
 WARPS = [(m, k) for m, k in itertools.product((1, 2, 4, 8), repeat=2) if 4 <= m * k <= 16]
 CLUSTERS = {"cluster": (1, 2, 4, 8, 16), "grid": (1, 2, 4, 8)}
 UNITS = (8, 16, 24, 32, 48, 64)  # of a block of a grid
-TRIED = 6  # candidates that are compiled at most before the plan is to go step by step
+RETRIES = 3  # of a kernel that spills registers, with fewer of them for the matrix
+DOUBT = 1.2  # what was compiled and costs more than expected is taken all the same, if it is at most so much more than the next
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, 
 @functools.lru_cache(4096)
 def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, norms: bool) -> Plan:
     candidates = _candidates(
-        cell, number, H, which, norms, machine.max_cluster, machine.multiprocessors, machine.shared_bytes
+        cell, number, H, which, norms, _clusters(machine), machine.multiprocessors, machine.shared_bytes
     )
     refused = [
         (kind, _nothing(machine, cell, number, H, kind))
@@ -86,18 +89,29 @@ def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str,
     stepwise = costs.step(cell, number, H, B, machine.multiprocessors)
     expected = [(_rounds(c, B, machine.multiprocessors // c.team) * c.cycles, k) for k, c in enumerate(candidates)]
     heapq.heapify(expected)
-    counted: dict[int, int] = {}  # candidate -> teams, once it is compiled
-    while expected and expected[0][0] < stepwise and len(refused) < TRIED:
+    counted: dict[int, tuple[Candidate, int]] = {}  # what became of a candidate, and how many teams run at a time
+    while expected and expected[0][0] < stepwise:
         cycles, k = heapq.heappop(expected)
         c = candidates[k]
         if k in counted:  # still the best, with the room that there really is
-            return _taken(c, counted[k], B, cycles, refused)
-        reason, teams = _room(machine, c)
-        if reason:
-            refused.append((str(c), reason))
+            return _taken(*counted[k], B, cycles, refused)
+        try:
+            c, teams = _compiled(machine, c, which)
+        except RuntimeError as e:
+            refused.append((str(c), str(e).splitlines()[0]))
+            form = c.variant.exchange, c.variant.C
+            expected = [
+                (cycles, j)
+                for cycles, j in expected
+                if (candidates[j].variant.exchange, candidates[j].variant.C) != form or candidates[j].team < c.team
+            ]
+            heapq.heapify(expected)
         else:
-            counted[k] = teams
-            heapq.heappush(expected, (_rounds(c, B, teams) * c.cycles, k))
+            counted[k] = c, teams
+            cycles = _rounds(c, B, teams) * c.cycles
+            if cycles < min(stepwise, DOUBT * expected[0][0] if expected else stepwise):
+                return _taken(c, teams, B, cycles, refused)
+            heapq.heappush(expected, (cycles, k))
     if expected and expected[0][0] >= stepwise:
         cycles, k = expected[0]
         refused.append((str(candidates[k]), f"{costs.microseconds(cycles):.1f} us a step are expected of it"))
@@ -105,21 +119,35 @@ def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str,
     return Plan("step", None, 0, 0, why, tuple(refused), stepwise)
 
 
+def _clusters(machine: Machine) -> int:
+    return machine.max_cluster if machine.capability >= (9, 0) else 1
+
+
 def _nothing(machine: Machine, cell: Cell, number: str, H: int, kind: str) -> str:
-    many = f"{machine.max_cluster} blocks" if kind == "cluster" else f"{machine.multiprocessors} multiprocessors"
+    many = f"{_clusters(machine)} blocks" if kind == "cluster" else f"{machine.multiprocessors} multiprocessors"
     return f"{cell.G} x {H} x {H} numbers of {number} do not fit registers and shared memory of {many}"
 
 
-def _room(machine: Machine, c: Candidate) -> tuple[str | None, int]:
-    """Teams that run at the same time by the driver's own count, or why there can be none."""
-    try:
-        resident = machine.kernel(c.variant).resident()
-    except RuntimeError as e:
-        return str(e).splitlines()[0], 0
-    blocks = resident * c.variant.C
+def _compiled(machine: Machine, c: Candidate, which: str) -> tuple[Candidate, int]:
+    """The candidate, with less in registers where they did not suffice, and how many teams run at the same time.
+
+    Raises:
+        RuntimeError: it does not compile, or the GPU has no room for a team."""
+    kernel = machine.kernel(c.variant)
+    for _ in range(RETRIES):
+        if not kernel.spilled:
+            break
+        rows = max(m for m, _ in costs.tiles(c.variant, which))
+        over = -(-kernel.spilled // (8 * 4 * rows))  # columns of tiles; every register is written and read
+        less = _fitted(c.variant, which, machine.shared_bytes, max(0, c.variant.KEPT - over))
+        if less is None or less == c.variant:
+            break
+        c = Candidate(less, c.team, costs.tile(less, which))
+        kernel = machine.kernel(less)
+    blocks = kernel.resident() * c.variant.C
     if blocks < c.team:
-        return f"its {c.team} blocks wait for one another, and {blocks} run at the same time", 0
-    return None, blocks // c.team
+        raise RuntimeError(f"its {c.team} blocks wait for one another, and {blocks} run at the same time")
+    return c, blocks // c.team
 
 
 def _rounds(c: Candidate, B: int, teams: int) -> int:
@@ -175,17 +203,22 @@ def _forms(
                             break
 
 
-def _fitted(v: Variant, which: str, shared: int) -> Variant | None:
-    """The same with as much of the matrix in registers, then in shared memory, as there is room for."""
+def _fitted(v: Variant, which: str, shared: int, kept: int | None = None) -> Variant | None:
+    """The same with as much of the matrix in registers (None: as there is room for, by the variant's own account), then in
+    shared memory, as fits. A cluster has no other place."""
     columns = max(k for _, k in costs.tiles(v, which))
-    most = min(REGISTERS_OF_THREAD, REGISTERS // v.threads)
-    kept = bisect_left(range(1, columns + 1), True, key=lambda k: replace(v, KEPT=k).registers > most)
-    v = replace(v, KEPT=kept)
-    if v.registers > most or v.shared_bytes > shared:
-        return None
-    inside = bisect_left(range(1, columns - kept + 1), True, key=lambda k: replace(v, SHARED=k).shared_bytes > shared)
-    v = replace(v, SHARED=inside)
-    return None if v.exchange == "cluster" and kept + inside < columns else v
+    if kept is None:
+        most = min(REGISTERS_OF_THREAD, REGISTERS // v.threads) - SPARE
+        kept = bisect_left(range(1, columns + 1), True, key=lambda k: replace(v, KEPT=k).registers > most)
+        if replace(v, KEPT=kept).registers > most:
+            return None
+    v = replace(v, KEPT=kept, SHARED=0)
+    if v.exchange == "cluster":  # nothing passes through shared memory, so that all or nothing is its least need
+        v = replace(v, SHARED=columns - kept)
+        return v if v.shared_bytes <= shared else None
+    rest = range(columns - kept + 1)
+    inside = bisect_left(rest, True, key=lambda k: replace(v, SHARED=k).shared_bytes > shared)
+    return replace(v, SHARED=inside - 1) if inside else None
 
 
 # ---------------------------------------------------------------- for people
@@ -202,7 +235,7 @@ def describe(machine: Machine, cell: Cell, number: str, H: int, B: int) -> str:
     """The plans for both directions on that machine, with what was refused."""
     major, minor = machine.capability
     limits = f"{machine.multiprocessors} multiprocessors, {machine.shared_bytes} bytes of shared memory for a block"
-    clusters = f"clusters of {machine.max_cluster}" if machine.max_cluster > 1 else "no clusters"
+    clusters = f"clusters of {machine.max_cluster}" if _clusters(machine) > 1 else "no clusters"
     lines = [f"{cell.name}, {H} units, {B} rows, {number} on {machine.name} (sm_{major}{minor}, {limits}, {clusters})"]
     for which in WALKS:
         chosen = plan(machine, cell, number, H, B, which)
