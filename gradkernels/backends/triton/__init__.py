@@ -7,6 +7,7 @@ Both are generic over the cell, whose printed functions they are given. Triton i
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,14 +39,15 @@ def why_not(
 
 
 def _no_device(device: torch.device | None) -> str | None:
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
 
-    if isinstance(tl.zeros, InterpretedFunction):
-        return None
+        if isinstance(tl.zeros, InterpretedFunction):
+            return None
     kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "xpu"
     if kind not in ("cuda", "xpu"):
-        return f"it runs on GPUs, and on {kind} only where TRITON_INTERPRET=1 is set before Triton is imported"
+        return f"it runs on GPUs, and on {kind} only where TRITON_INTERPRET=1 was set before Triton was imported"
     if not getattr(torch, kind).is_available():
         return "there is no GPU that torch can use"
     if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:

@@ -4,10 +4,22 @@ A plane is a block [rows, units] of one gate, state or kept value; several of th
 Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values.
 """
 
+# The bodies of kernels are in the language of Triton.
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Where launches overlap: wait until the launch before has ended and all it wrote is to be seen, let the next one begin.
+
+    Every program waits, also one that has nothing to do, so the end of a launch is the end of all before it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

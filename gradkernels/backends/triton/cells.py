@@ -16,14 +16,14 @@ from gradkernels.cells.bind import bind
 
 @functools.cache
 def device(cell: Cell) -> SimpleNamespace:
-    """forward, backward and, where the cell has a second product, operand and second_adjoint, to be called by a kernel.
+    """FORWARD, BACKWARD and, where the cell has a second product, OPERAND and SECOND, to be called by a kernel.
 
     They take and return tuples of blocks of one shape, float32 or float64, as `Cell` says."""
     # the interpreter wants to see the language from every function
     space = {**VOCABULARY, "tl": tl, "__name__": f"gradkernels.cells.{cell.name}"}
     functions = bind(cell.source, f"<cell {cell.name} in triton>", space)
-    wanted = ("forward", "backward", "operand", "second_adjoint")
-    return SimpleNamespace(**{name: triton.jit(functions[name]) if name in functions else None for name in wanted})
+    wanted = {"FORWARD": "forward", "BACKWARD": "backward", "OPERAND": "operand", "SECOND": "second_adjoint"}
+    return SimpleNamespace(**{k: triton.jit(functions[f]) if f in functions else None for k, f in wanted.items()})
 
 
 def why_not(cell: Cell) -> str | None:

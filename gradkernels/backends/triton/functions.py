@@ -5,6 +5,8 @@ travel as in torch. Errors are a few units in the last place, relative also near
 none of its digits left.
 """
 
+# The bodies of kernels are in the language of Triton.
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton

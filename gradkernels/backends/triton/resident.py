@@ -15,6 +15,8 @@ Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, 
 product; HP, RP: H and R padded.
 """
 
+# The bodies of kernels are in the language of Triton.
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
@@ -88,7 +90,7 @@ def forward_walk(
     order,  # [B] or None
     gates,  # [N, G * H]
     w_hh,  # [G * H, R]
-    b_hh,  # [G * H] or None
+    bias,  # [G * H] or None
     w_hr,  # [R, H] or None
     state,  # S of [B, R], [B, H] ..
     seq,  # S of [N, R], [N, H] .. or None
@@ -117,12 +119,12 @@ def forward_walk(
     w = load_matrix(w_hh, u[None, :], v[:, None], H, R, H, G)
     if w_hr is not None:
         projection = load_matrix(w_hr, v[None, :], u[:, None], R, H, R, 1)[0]
-    bias = ()
+    added = ()
     for g in tl.static_range(G):
-        if b_hh is None:
-            bias = bias + (tl.zeros([1, HP], ACC),)
+        if bias is None:
+            added = added + (tl.zeros([1, HP], ACC),)
         else:
-            bias = bias + (tl.load(b_hh + g * H + u, mask=u < H, other=0.0).to(ACC)[None, :],)
+            added = added + (tl.load(bias + g * H + u, mask=u < H, other=0.0).to(ACC)[None, :],)
     h = load_rows(state[0], b, col, v, B, R).to(ACC)
     others = ()
     for k in tl.static_range(1, S):
@@ -144,10 +146,10 @@ def forward_walk(
         ahead = (b < following)[:, None] & (u < H)[None, :]
         x = load_planes(gates, (begin + col)[:, None] * (G * H) + u[None, :], H, ahead, G)
 
-        r = products(h, w, bias, 0, G - Q, PRECISION, ACC)
+        r = products(h, w, added, 0, G - Q, PRECISION, ACC)
         s = (tl.zeros([BM, HP], ACC) if w_hr is not None else h,) + others
         if Q > 0:
-            r = r + products(without_padding(OPERAND(now, r, s), u, H, HP), w, bias, G - Q, Q, PRECISION, ACC)
+            r = r + products(without_padding(OPERAND(now, r, s), u, H, HP), w, added, G - Q, Q, PRECISION, ACC)
         new, kept = FORWARD(now, r, s)
         y = without_padding(new[0], u, H, HP)
         if w_hr is not None:

@@ -21,98 +21,17 @@ Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, 
 product; K length of a contraction, KH, KV, KW lengths of padded rows; BM, BU, BK tile of rows, units, contraction.
 """
 
+# The bodies of kernels are in the language of Triton.
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradkernels.backends.triton.blocks import cast, columns, load_planes, squares, step_rows, store_planes
+from gradkernels.backends.triton.blocks import cast, columns, follow, load_planes, squares, step_rows, store_planes
+from gradkernels.backends.triton.products import add_bias, adjoint_product, gate_products
 
 VARYING = ["i", "T", "B"]  # integers that must not be compiled in
-
-# ---------------------------------------------------------------- products
-
-
-@triton.jit
-def gate_products(
-    a,  # rows of K values
-    row,  # [BM] int64: where each row of a begins
-    w,  # [COUNT * H, K]
-    u,  # [BU] units
-    COUNT: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,  # a multiple of BK
-    BM: tl.constexpr,
-    BU: tl.constexpr,
-    BK: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """COUNT planes [BM, BU]: a w_g^T for each gate. Units beyond H repeat the last one, so that no load needs a mask."""
-    k = tl.arange(0, BK)
-    left = a + row[:, None] + k[None, :]
-    right = w + tl.minimum(u, H - 1).to(tl.int64)[None, :] * K + k[:, None]
-    acc = ()
-    for _g in tl.static_range(COUNT):
-        acc = acc + (tl.zeros([BM, BU], ACC),)
-    for _k in range(0, K, BK):
-        factor = tl.load(left)
-        done = ()
-        for g in tl.static_range(COUNT):
-            gate = tl.load(right + g * H * K)
-            done = done + (tl.dot(factor, gate, acc[g], input_precision=PRECISION, out_dtype=ACC),)
-        acc = done
-        left += BK
-        right += BK
-    return acc
-
-
-@triton.jit
-def adjoint_product(
-    a,  # rows of K values
-    row,  # [BM] int64
-    w,  # [K, KW]
-    u,  # [BU] columns of w
-    end,  # K, or 0: no product
-    K: tl.constexpr,
-    U: tl.constexpr,  # columns that there are
-    KW: tl.constexpr,
-    BM: tl.constexpr,
-    BU: tl.constexpr,
-    BK: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """[BM, BU]: a w."""
-    k = tl.arange(0, BK)
-    left = a + row[:, None] + k[None, :]
-    right = w + k.to(tl.int64)[:, None] * KW + u[None, :]
-    acc = tl.zeros([BM, BU], ACC)
-    for start in range(0, end, BK):
-        if K % BK == 0:
-            factor = tl.load(left)
-        else:
-            factor = tl.load(left, mask=(start + k < K)[None, :], other=0.0)
-        if K % BK == 0 and U % BU == 0:
-            part = tl.load(right)
-        else:
-            part = tl.load(right, mask=(start + k < K)[:, None] & (u < U)[None, :], other=0.0)
-        acc = tl.dot(factor, part, acc, input_precision=PRECISION, out_dtype=ACC)
-        left += BK
-        right += BK * KW
-    return acc
-
-
-@triton.jit
-def add_bias(r, bias, u, FIRST: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
-    """Planes of gates FIRST .. FIRST + COUNT, and their bias."""
-    if bias is None:
-        return r
-    out = ()
-    for g in tl.static_range(COUNT):
-        out = out + (r[g] + tl.load(bias + (FIRST + g) * H + u, mask=u < H, other=0.0).to(ACC)[None, :],)
-    return out
-
 
 # ---------------------------------------------------------------- forward
 
@@ -152,7 +71,9 @@ def forward_step(
     BK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     t = T - 1 - i if REVERSE else i
     n, start = step_rows(t, T, B, rows, first)
     if tl.program_id(1) * BM >= n:
@@ -163,7 +84,7 @@ def forward_step(
     mask = (b < n)[:, None] & (u < H)[None, :]
     token = start + col
     own = col[:, None] * H + u[None, :]
-    x = cast(load_planes(gates, token[:, None] * (G * H) + u[None, :], H, mask, G), G, ACC)
+    x = load_planes(gates, token[:, None] * (G * H) + u[None, :], H, mask, G)
     s = ()
     for k in tl.static_range(S):
         if state[k] is None:
@@ -179,12 +100,13 @@ def forward_step(
         r = gate_products(source, col * KH, w, u, G - Q, H, KH, BM, BU, BK, ACC, PRECISION)
         r = add_bias(r, bias, u, 0, G - Q, H, ACC)
         store_planes(early, col[:, None] * ((G - Q) * H) + u[None, :], H, mask, r, G - Q)
-        tl.store(v + col[:, None] * KV + u[None, :], OPERAND(x, r, s).to(v.dtype.element_ty), mask=mask)
+        tl.store(v + col[:, None] * KV + u[None, :], OPERAND(cast(x, G, ACC), r, s).to(v.dtype.element_ty), mask=mask)
     else:
         late = gate_products(v, col * KV, w + (G - Q) * H * KV, u, Q, H, KV, BM, BU, BK, ACC, PRECISION)
         r = load_planes(early, col[:, None] * ((G - Q) * H) + u[None, :], H, mask, G - Q)
         r = r + add_bias(late, bias, u, G - Q, Q, H, ACC)
     if PART != "operand":
+        x = cast(x, G, ACC)
         new, kept = FORWARD(x, r, s)
         if PROJECTED:
             tl.store(v + col[:, None] * KV + u[None, :], new[0].to(v.dtype.element_ty), mask=mask)
@@ -224,7 +146,9 @@ def project_step(
     BK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     t = T - 1 - i if REVERSE else i
     n, start = step_rows(t, T, B, rows, first)
     if tl.program_id(1) * BM >= n:
@@ -294,7 +218,9 @@ def backward_step(
     BK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     t = i if REVERSE else T - 1 - i
     n, start = step_rows(t, T, B, rows, first)
     n_before, start_before = step_rows(t + 1 if REVERSE else t - 1, T, B, rows, first)

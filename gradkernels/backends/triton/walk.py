@@ -1,114 +1,51 @@
-"""The two walks on the host: which kind of kernel takes a call, with which tiles, and the loop of launches.
+"""The two walks on the host: workspace, arguments, and the loop of launches.
 
 Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from gradkernels.backends._sequence import Steps, tf32
+from gradkernels.backends._sequence import Steps
 from gradkernels.backends.triton import cells, resident, step
+from gradkernels.backends.triton.launch import (
+    ROWS,
+    Launch,
+    Limits,
+    Number,
+    is_resident,
+    launch,
+    limits,
+    padded,
+    resident_options,
+    tile,
+)
 from gradkernels.cells import Cell
 
 Tensors = Sequence[Tensor | None]
 
-ROWS = 16  # the least that tensor cores take
-RESIDENT_BYTES = 64 << 10  # of a matrix that one program keeps, in registers and shared memory
-PROGRAMS = 128  # enough to occupy a large GPU once
-TILES = ((64, 32), (32, 32), (32, 16), (16, 16))  # rows x units of a program, the least traffic first
+
+def aligned(v: Tensor) -> Tensor:
+    """[rows, K] with rows that begin on a multiple of 16 values, so that loads are wide: a copy with zeros where they do not.
+
+    As there is a copy then, its rows are a multiple of 64 long, so that chunks are as long as they get."""
+    return v.contiguous() if v.shape[1] % 16 == 0 else F.pad(v, (0, -v.shape[1] % 64))
 
 
-# ---------------------------------------------------------------- choices
-
-
-def is_resident(cell: Cell, H: int, R: int, number: Number) -> bool:
-    """Whether one program holds the recurrent matrix for the whole sequence: all gates of all units, padded."""
-    HP, RP = padded(H), padded(R)
-    return cell.G * HP * RP * number.bytes <= (RESIDENT_BYTES if number.tensor_cores else RESIDENT_BYTES // 4)
-
-
-def padded(units: int) -> int:
-    return max(ROWS, triton.next_power_of_2(units))
-
-
-def tile(B: int, units: int, number: Number) -> tuple[int, int]:
-    """Rows and units of a program: the largest tile that is not mostly empty and leaves enough programs."""
-    for BM, BU in TILES if number.tensor_cores else TILES[1:]:
-        if BM < 2 * B and triton.cdiv(B, BM) * triton.cdiv(units, BU) >= PROGRAMS:
-            return BM, BU
-    return TILES[-1]
-
-
-@dataclass(frozen=True)
-class Number:
-    """How a dtype is multiplied and added."""
-
-    bytes: int
-    accumulator: torch.dtype
-    precision: str  # of tl.dot; 16-bit and float64 products are exact anyway
-    tensor_cores: bool
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> Number:
-        precision = "tf32" if dtype is torch.float32 and tf32() else "ieee"
-        wide = dtype if dtype is torch.float64 else torch.float32
-        return cls(dtype.itemsize, wide, precision, dtype.itemsize == 2 or precision == "tf32")
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {"ACC": tl.float64 if self.accumulator is torch.float64 else tl.float32, "PRECISION": self.precision}
-
-    def chunk(self, K: int) -> int:
-        """BK for a contraction: a line of 128 bytes, or less where that divides it and a line does not."""
-        return next((BK for BK in (64, 32, 16) if BK * self.bytes <= 128 and K % BK == 0), 128 // self.bytes)
-
-
-# ---------------------------------------------------------------- launches
-
-
-class Launch:
-    """A kernel with all its arguments but the number of the step, which comes first.
-
-    The first call goes Triton's way, which compiles; the others go straight to what was compiled: all else is the same."""
-
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], **options: int):
-        self.kernel, self.grid, self.options = kernel, grid, options
-        self.arguments = [arguments[name] for name in kernel.arg_names[1:]]
-        self.run: Callable[..., Any] = self._first
-
-    def _first(self, *arguments: Any) -> None:
-        compiled = self.kernel[self.grid](*arguments, **self.options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self.run = compiled[self.grid]
-
-    def __call__(self, i: int) -> None:
-        self.run(i, *self.arguments)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
-    kernel[grid](*(arguments[name] for name in kernel.arg_names), **options)
-
-
-def table(steps: Steps) -> dict[str, Any]:
-    return {k: getattr(steps, k) for k in ("T", "B", "rows", "first", "order")} | {"REVERSE": steps.reverse}
-
-
-def sizes(cell: Cell) -> dict[str, Any]:
-    return {"G": cell.G, "S": cell.S, "A": cell.A, "Q": len(cell.second)}
-
-
-def aligned(v: Tensor, to: int = 16) -> Tensor:
-    """[rows, K] with rows that begin on a multiple of 16 values, so that loads are wide: a copy where they do not."""
-    return F.pad(v, (0, -v.shape[1] % to)).contiguous()
+def common(cell: Cell, steps: Steps, number: Number, at: Limits, H: int, R: int) -> dict[str, Any]:
+    """What all kernels are told, by name."""
+    return {
+        **{k: getattr(steps, k) for k in ("T", "B", "rows", "first", "order")}, "REVERSE": steps.reverse,
+        "G": cell.G, "S": cell.S, "A": cell.A, "Q": len(cell.second), "SPLIT": bool(cell.split), "H": H, "R": R,
+        "HP": padded(H), "RP": padded(R), "EARLY": at.overlap, **vars(cells.device(cell)), **number.constants,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- forward
@@ -127,52 +64,47 @@ def walk_forward(
     raw: Tensor | None,  # [N, H] to fill
     acts: Tensor | None,  # [N, A, H] to fill
 ) -> None:
-    number, R = Number.of(gates.dtype), w_hh.shape[1]
+    """The walk of `_sequence.forward`."""
+    number, at, B, R = Number.of(gates.dtype), limits(), steps.B, w_hh.shape[1]
     H = w_hh.shape[0] // cell.G
-    code = cells.device(cell)
-    arguments: dict[str, Any] = {
-        **table(steps), **sizes(cell), **number.constants, "FORWARD": code.forward, "OPERAND": code.operand,
-        "gates": gates, "seq": tuple(seq), "raw": raw, "acts": acts, "H": H, "R": R,
-    }  # fmt: skip
-    if is_resident(cell, H, R, number):
-        arguments |= {"w_hh": w_hh, "b_hh": b_hh, "w_hr": w_hr, "state": tuple(state), "final": tuple(final)}
-        arguments |= {"HP": padded(H), "RP": padded(R), "BM": ROWS}
-        launch(resident.forward_walk, (triton.cdiv(steps.B, ROWS),), arguments, num_warps=4)
+    arguments = common(cell, steps, number, at, H, R)
+    arguments |= {"gates": gates, "bias": b_hh, "seq": tuple(seq), "raw": raw, "acts": acts}
+    if is_resident(cell, H, R, number, at):
+        arguments |= {"w_hh": w_hh, "w_hr": w_hr, "state": tuple(state), "final": tuple(final), "BM": ROWS}
+        launch(resident.forward_walk, (triton.cdiv(B, ROWS),), arguments, resident_options(H, number))
         return
-    w, B = aligned(w_hh, 64 if R % 16 else 16), steps.B
-    KH = w.shape[1]
-    h = w.new_zeros(2, B, KH)
+
+    w, projected = aligned(w_hh), w_hr is not None
+    h = w.new_zeros(2, B, w.shape[1])  # what lies beyond R stays zero
     h[:, :, :R] = state[0]
-    wide = [v.to(number.accumulator, copy=True) for v in state]
+    wide = [None if projected and k == 0 else v.to(number.accumulator, copy=True) for k, v in enumerate(state)]
     v = early = None
     if w_hr is not None:
-        w_hr = aligned(w_hr, 64 if H % 16 else 16)
+        w_hr = aligned(w_hr)
         v = w.new_zeros(B, w_hr.shape[1])
         final[0].copy_(state[0])
-    if cell.second:
-        v = w.new_zeros(B, KH)
+    elif cell.second:
+        v = torch.zeros_like(h[0])
         early = h.new_empty(B, cell.G - len(cell.second), H, dtype=number.accumulator)
-    BM, BU = tile(B, H, number)
     arguments |= {
-        "w": w, "bias": b_hh, "h": h, "v": v, "early": early, "KH": KH, "KV": 0 if v is None else v.shape[1],
-        "state": (None if w_hr is not None else wide[0], *wide[1:]), "PROJECTED": w_hr is not None,
-        "BM": BM, "BU": BU, "BK": number.chunk(KH),
+        "w": w, "h": h, "v": v, "early": early, "KH": w.shape[1], "KV": 0 if v is None else v.shape[1],
+        "state": tuple(wide), "PROJECTED": projected,
     }  # fmt: skip
-    grid = (triton.cdiv(H, BU), triton.cdiv(B, BM), 1)
-    parts = ("operand", "rest") if cell.second else ("whole",)
+    own = tile(B, H, w.shape[1], cell.G, number, at)
     launches = [
-        Launch(step.forward_step, grid, arguments | {"PART": part}, num_warps=4, num_stages=3) for part in parts
+        Launch(step.forward_step, own.grid, arguments | own.constants | {"PART": part}, own.options)
+        for part in (("operand", "rest") if cell.second else ("whole",))
     ]
     if w_hr is not None:
-        BM, BU = tile(B, R, number)
-        change = {"w": w_hr, "seq": seq[0], "final": final[0], "BM": BM, "BU": BU, "BK": number.chunk(w_hr.shape[1])}
-        grid = (triton.cdiv(R, BU), triton.cdiv(B, BM), 1)
-        launches.append(Launch(step.project_step, grid, arguments | change, num_warps=4, num_stages=3))
+        own = tile(B, R, w_hr.shape[1], 1, number, at)
+        change = own.constants | {"w": w_hr, "seq": seq[0], "final": final[0]}
+        launches.append(Launch(step.project_step, own.grid, arguments | change, own.options))
     for i in range(steps.T):
         for part in launches:
             part(i)
-    for k in range(0 if w_hr is None else 1, cell.S):
-        final[k].copy_(wide[k])
+    for given, kept in zip(final, wide):
+        if kept is not None:
+            given.copy_(kept)
 
 
 # ---------------------------------------------------------------- backward
@@ -180,7 +112,7 @@ def walk_forward(
 
 def walk_backward(
     cell: Cell,
-    grads: Tensors,  # S of [N, R], [N, H] .., then S of [B, ..]; None is zero
+    grads: Tensors,  # S of [N, R], [N, H] .., then S of [B, R], [B, H] ..; None is zero
     w_hh: Tensor,  # [G * H, R]
     w_hr: Tensor | None,  # [R, H]
     seq: Sequence[Tensor],  # S of [N, R], [N, H] ..
@@ -195,50 +127,42 @@ def walk_backward(
     dstate: Sequence[Tensor],  # S of [B, R], [B, H] .. to fill
     norms: Tensor | None,  # [T, S] float64 to fill
 ) -> None:
-    number, (B, R), S, Q = Number.of(dgates.dtype), state[0].shape, cell.S, len(cell.second)
+    """The walk of `_sequence.backward`."""
+    number, at, (B, R), S = Number.of(dgates.dtype), limits(), state[0].shape, cell.S
     H = w_hh.shape[0] // cell.G
-    code = cells.device(cell)
-    partial = None
-    arguments: dict[str, Any] = {
-        **table(steps), **sizes(cell), **number.constants, "BACKWARD": code.backward, "SECOND": code.second_adjoint,
-        "grads": tuple(grads[:S]), "seq": tuple(seq), "raw": raw, "acts": acts, "state": tuple(state), "H": H, "R": R,
-        "dgates": dgates, "dr": dr, "operand": operand, "dproj": dproj, "SPLIT": bool(cell.split),
+    resides = is_resident(cell, H, R, number, at)
+    arguments = common(cell, steps, number, at, H, R) | {
+        "grads": tuple(grads[:S]), "seq": tuple(seq), "raw": raw, "acts": acts, "state": tuple(state),
+        "dgates": dgates, "dr": dr, "operand": operand, "dproj": dproj,
     }  # fmt: skip
-    if is_resident(cell, H, R, number):
-        programs = triton.cdiv(B, ROWS)
-        if norms is not None:
-            partial = norms.new_zeros(steps.T, S, programs)
-        arguments |= {"w_hh": w_hh, "w_hr": w_hr, "last": tuple(grads[S:]), "dstate": tuple(dstate), "norms": partial}
-        arguments |= {"HP": padded(H), "RP": padded(R), "BM": ROWS}
-        launch(resident.backward_walk, (programs,), arguments, num_warps=4)
+    late = len(cell.second) * H
+    first = tile(B, R, w_hh.shape[0] - late, 1, number, at)
+    second = tile(B, H, late or R, 1, number, at)
+    programs = triton.cdiv(B, ROWS) if resides else max(first.programs, second.programs)
+    # one sum for each program: added up in one order, the same bits in every run
+    partial = None if norms is None else norms.new_zeros(steps.T, S, programs)
+    arguments |= {"norms": partial, "PROGRAMS": programs}
+    if resides:
+        arguments |= {"w_hh": w_hh, "w_hr": w_hr, "last": tuple(grads[S:]), "dstate": tuple(dstate), "BM": ROWS}
+        launch(resident.backward_walk, (programs,), arguments, resident_options(H, number))
     else:
-        wide = [
+        wide = tuple(
             torch.zeros_like(v, dtype=number.accumulator) if g is None else g.to(number.accumulator, copy=True)
             for v, g in zip(state, grads[S:])
-        ]
-        first, second = tile(B, R, number), tile(B, H, number)
-        grids = [(triton.cdiv(units, BU), triton.cdiv(B, BM), 1) for units, (BM, BU) in ((R, first), (H, second))]
-        programs = max(x * y for x, y, _ in grids)
-        if norms is not None:
-            partial = norms.new_zeros(steps.T, S, programs)
-        w, K = aligned(w_hh), (cell.G - Q) * H
-        arguments |= {"dstate": tuple(wide), "norms": partial, "PROGRAMS": programs, "PROJECTED": w_hr is not None}
-
-        def prepare(part: str, which: int, w: Tensor, K: int) -> Launch:
-            BM, BU = (first, second)[which]
-            more = {"PART": part, "w": w, "KW": w.shape[1], "BM": BM, "BU": BU, "BK": number.chunk(K)}
-            return Launch(step.backward_step, grids[which], arguments | more, num_warps=4, num_stages=3)
-
-        if w_hr is not None:
-            launches = [prepare("open", 0, w, K), prepare("close", 1, aligned(w_hr), R)]
-        elif cell.second:
-            launches = [prepare("open", 0, w, K), prepare("close", 1, w, Q * H)]
-        else:
-            launches = [prepare("whole", 0, w, K)]
+        )
+        arguments |= {"dstate": wide, "PROJECTED": w_hr is not None}
+        w = aligned(w_hh)
+        parts = [("whole", w, first)]
+        if w_hr is not None or cell.second:
+            parts = [("open", w, first), ("close", w if w_hr is None else aligned(w_hr), second)]
+        launches = []
+        for part, matrix, own in parts:
+            more = own.constants | {"PART": part, "w": matrix, "KW": matrix.shape[1]}
+            launches.append(Launch(step.backward_step, own.grid, arguments | more, own.options))
         for i in range(steps.T):
-            for part in launches:
-                part(i)
-        launches[0](steps.T)  # there is no such step: what the first one leaves to the initial state
+            for one in launches:
+                one(i)
+        launches[0](steps.T)  # there is no such step: what the first one of the walk leaves to the initial state
         for given, kept in zip(dstate, wide):
             given.copy_(kept)
     if norms is not None and partial is not None:

@@ -1,0 +1,164 @@
+"""What a kernel is launched with: the numbers, the GPU's limits, the choice between the two kinds, tiles; and the launch.
+
+Dims: B batch, H units, R width of the first state, G gates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from gradkernels.backends._sequence import tf32
+from gradkernels.cells import Cell
+
+ROWS = 16  # the least that tensor cores take
+TILES = ((128, 32), (64, 32), (32, 32), (32, 16), (16, 16))  # rows x units of a program, the least traffic first
+PLAIN_BYTES = 16 << 10  # of a matrix whose products are unrolled into single operations
+
+# ---------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Number:
+    """How a dtype is multiplied and added."""
+
+    bytes: int
+    accumulator: torch.dtype
+    precision: str  # of tl.dot; products of 16-bit values and of float64 have only one
+    tensor_cores: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Number:
+        precision = "tf32" if dtype is torch.float32 and tf32() else "ieee"
+        wide = dtype if dtype is torch.float64 else torch.float32
+        return cls(dtype.itemsize, wide, precision, dtype.itemsize == 2 or precision == "tf32")
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"ACC": tl.float64 if self.accumulator is torch.float64 else tl.float32, "PRECISION": self.precision}
+
+    def chunk(self, K: int) -> int:
+        """BK of a contraction: a line of 128 bytes, or less where that divides it and a line does not."""
+        line = 128 // self.bytes
+        return next((BK for BK in (line, line // 2, ROWS) if BK >= ROWS and K % BK == 0), line)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the GPU at hand."""
+
+    shared: int  # bytes of shared memory that a program can have
+    multiprocessors: int
+    overlap: bool  # whether a launch may begin while the one before ends
+
+
+def limits() -> Limits:
+    """Those of the current device; in the interpreter, which has none, those of a small one."""
+    if isinstance(tl.zeros, InterpretedFunction):
+        return Limits(64 << 10, 1, False)
+    return _limits(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _limits(device: int) -> Limits:
+    driver = triton.runtime.driver.active
+    properties, target = driver.utils.get_device_properties(device), driver.get_current_target()
+    overlap = target.backend == "cuda" and target.arch >= 90
+    return Limits(properties["max_shared_mem"], properties.get("multiprocessor_count", 128), overlap)
+
+
+# ---------------------------------------------------------------- choices
+
+
+def padded(units: int) -> int:
+    return max(ROWS, triton.next_power_of_2(units))
+
+
+def is_resident(cell: Cell, H: int, R: int, number: Number, at: Limits) -> bool:
+    """Whether one program keeps the recurrent matrix: all gates of all units, padded, in three quarters of shared memory."""
+    matrix = cell.G * padded(H) * padded(R) * number.bytes
+    return matrix <= (at.shared * 3 // 4 if number.tensor_cores else PLAIN_BYTES)
+
+
+def resident_options(H: int, number: Number) -> dict[str, Any]:
+    return options(4 if number.tensor_cores and padded(H) <= 32 else 8)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of the per-step kernels has."""
+
+    BM: int  # rows
+    BU: int  # units
+    BK: int  # values of a row at a time
+    grid: tuple[int, int, int]
+    options: dict[str, Any]
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BM": self.BM, "BU": self.BU, "BK": self.BK}
+
+    @property
+    def programs(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def tile(B: int, units: int, K: int, planes: int, number: Number, at: Limits) -> Tile:
+    """The largest tile that is not mostly empty and leaves work for most multiprocessors.
+
+    Chunks on their way are to fill half of shared memory, so that two programs fit into a multiprocessor."""
+    for BM, BU in TILES if number.tensor_cores else TILES[2:] if number.bytes == 4 else TILES[3:]:
+        grid = (triton.cdiv(units, BU), triton.cdiv(B, BM), 1)
+        if BM < 2 * B and grid[0] * grid[1] * 4 >= at.multiprocessors * 3:
+            break
+    BK = number.chunk(K)
+    chunks = at.shared // 2 // ((BM + planes * BU) * BK * number.bytes)
+    chosen = options(8 if BM * BU > 2048 else 4) | {"num_stages": min(max(chunks + 1, 2), 5)}
+    return Tile(BM, BU, BK, grid, chosen | ({"launch_pdl": True} if at.overlap else {}))
+
+
+def options(warps: int) -> dict[str, Any]:
+    # fusion is what Triton does by default until 3.9, which announces a change
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+# ---------------------------------------------------------------- launches
+
+
+class Launch:
+    """A kernel with all its arguments but the first, the number of the step.
+
+    The first call goes Triton's way, which compiles. The others go straight to what was compiled, with addresses in place of
+    tensors: all else is the same, and looking at it again would take longer than the step."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], chosen: dict[str, Any]):
+        self.kernel, self.grid, self.options = kernel, grid, chosen
+        self.arguments = given = tuple(arguments[name] for name in kernel.arg_names[1:])
+        self.run: Callable[..., Any] = self._first
+        self.tensors = given  # whose memory it is
+
+    def _first(self, *arguments: Any) -> None:
+        compiled = self.kernel[self.grid](*arguments, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.run, self.arguments = compiled[self.grid], addresses(self.tensors)
+
+    def __call__(self, i: int) -> None:
+        self.run(i, *self.arguments)
+
+
+def addresses(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    one = lambda v: v.data_ptr() if isinstance(v, Tensor) else addresses(v) if isinstance(v, tuple) else v
+    return tuple(map(one, values))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """A kernel that is launched once."""
+    kernel[grid](*(arguments[name] for name in kernel.arg_names), **chosen)
