@@ -95,7 +95,8 @@ def special(row: Row) -> str:
     parts = [
         {"packed": "packed", "ragged": "lengths="}.get(row["layout"], ""),
         f"projection {row['proj_size']}" * bool(row["proj_size"]),
-        f"{row['layers']} layers" * (row["layers"] > 1) + ", both ways" * row["bidirectional"],
+        f"{row['layers']} layers" * (row["layers"] > 1),
+        "both ways" * row["bidirectional"],
         f"{shape(row)} bf16" * (row["dtype"] == "bfloat16"),
     ]
     return ", ".join(filter(None, parts)) or shape(row)
@@ -260,6 +261,15 @@ def rest(report: dict[str, Any]) -> Figure | None:
     return compose(lines, "Precision, small calls, company and memory", f"{note}\n{where(report)}", apart=(1,))
 
 
+def figures(report: dict[str, Any]) -> list[Figure | None]:
+    """The two pictures of a report; None where it has nothing for one."""
+    if report["machine"]["device"] != "cpu":
+        from bench.gpu import panels
+
+        return panels.figures(report)
+    return [speed(report), rest(report)]
+
+
 def render(path: Path, form: str = "png") -> list[Path]:
     """Writes pictures and the Markdown page beside a report; returns what was written.
 
@@ -268,7 +278,7 @@ def render(path: Path, form: str = "png") -> list[Path]:
     report = json.loads(path.read_text())
     written = []
     with plt.rc_context(STYLE):
-        for figure, name in ((speed(report), path.stem), (rest(report), f"{path.stem}_more")):
+        for figure, name in zip(figures(report), (path.stem, f"{path.stem}_more")):
             if figure is not None:
                 target = path.with_name(f"{name}.{form}")
                 figure.savefig(target)

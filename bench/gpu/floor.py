@@ -99,11 +99,11 @@ def number(case: Case) -> str:
 
 
 def floor(case: Case, report: dict[str, Any], gflops: float) -> dict[str, float] | None:
-    """Milliseconds of a row at least; `walk_us`: of one step of it, both directions in time. None where there is no model: fp64.
+    """Milliseconds of a row at least; `walk_us`: of one step of it, both directions in time. None where there is no model: fp64, projections.
 
     gflops: what torch reaches in the dtype. Directions may run side by side and layers may not; rows that have ended cost nothing.
     """
-    if case.dtype == "float64" or case.kind != "time":
+    if case.dtype == "float64" or case.kind != "time" or case.proj_size:
         return None
     rows = (
         [sum(n > t for n in case.lengths() or ()) for t in range(case.T)]
@@ -114,9 +114,7 @@ def floor(case: Case, report: dict[str, Any], gflops: float) -> dict[str, float]
     found = {
         n: sum(step(report, case.cell, number(case), case.H, n, way) for way in ways) for n in dict.fromkeys(rows) if n
     }
-    G, R = cells.get(case.cell).G, case.proj_size or case.H
-    tokens = sum(rows)
-    one_way = 2 * G * case.H * R * tokens * case.layers * (1 + case.bidirectional)
+    one_way = 2 * cells.get(case.cell).G * case.H**2 * sum(rows) * case.layers * (1 + case.bidirectional)
     walked = one_way * len(ways)  # the products of the steps themselves, forward and backward
     walk = sum(found.get(n, 0.0) for n in rows) * case.layers
     return {

@@ -1,0 +1,57 @@
+"""Pictures of rows measured on a GPU, of plot.py's panels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.cases import TITLES
+from bench.plot import Bar, Panel, Row, bars, compose, drawable, of, special
+
+
+def titled(row: Row) -> str:
+    """'GRU 16, 768 bf16': what a row is, but for its mode; the number of steps where it is another than usual."""
+    number = "tf32" if row["tf32"] else row["dtype"].replace("bfloat", "bf").replace("float", "fp")
+    odd = special({**row, "dtype": "float32"})  # rows, or what else is out of the ordinary
+    steps = f", {row['T']} steps" * (row["T"] != 1024)
+    more = "" if odd == f"{row['T']}, {row['B']}, {row['H']}" else f", {odd}"
+    return f"{TITLES[row['cell']]} {row['B']}, {row['H']} {number}{more}{steps}"
+
+
+def floors(rows: list[Row]) -> list[Bar]:
+    """The floor over our time."""
+    found = [r for r in rows if r["share"] is not None]
+    return [Bar(titled(r), r["mode"], r["share"], None) for r in found]
+
+
+def where(report: dict[str, Any]) -> str:
+    m = report["machine"]
+    v, commit = m["versions"], (m["commit"] or "")[:10] + (" + changes" if m["dirty"] else "")
+    return f"{m['gpu']['name']}  ·  torch {v['torch']}, cuDNN {v['cudnn']}  ·  {commit}  ·  {m['date'][:10]}"
+
+
+def figures(report: dict[str, Any]) -> list[Figure | None]:
+    """Against torch; and everything else."""
+    rows = drawable(report)
+    timed, others = [r for r in rows if r["kind"] == "time"], [r for r in rows if r["kind"] == "memory"]
+    panel = lambda title, group, against=None: Panel(title, bars(of(timed, group), titled, against))
+    speed = [
+        [panel("Where cuDNN is persistent", "cudnn persistent"), panel("Other batches", "batches")],
+        [panel("Where it is not", "cudnn standard"), panel("Ragged, half of the tokens", "ragged on a gpu")],
+        [panel("Exact fp32", "fp32"), panel("Against a loop of compiled steps", "loops")],
+    ]
+    plain = [r for r in timed if r["group"] in ("cudnn persistent", "cudnn standard", "batches")]
+    rest = [
+        [Panel("The floor over our time", floors(plain)), Panel("Peak memory of training", bars(others, titled))],
+        [
+            panel("bf16 against torch's fp16", "cudnn standard", "torch_fp16"),
+            panel("Gradient taps on, against off", "gradient taps"),
+        ],
+    ]
+    note = "Times as fast as torch, taken side by side, input projection included. Labels: batch, units; 1024 steps unless said."
+    title = "Recurrent layers on the GPU: gradkernels against torch"
+    return [
+        compose(speed, title, f"{note}\n{where(report)}", apart=range(3)),
+        compose(rest, "Floor, memory and taps", f"The floor: bench/gpu/floor.py.\n{where(report)}", apart=range(2)),
+    ]

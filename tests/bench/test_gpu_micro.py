@@ -1,0 +1,161 @@
+"""Kernels that measure the parts of a step: right on the twin in every order of threads, compiled for GPUs without spilling."""
+
+import ctypes
+
+import pytest
+import torch
+
+from bench.gpu import micro
+from bench.gpu.kernels import (
+    NUMBERS,
+    Arguments,
+    Part,
+    all_gather,
+    cluster_barrier,
+    empty,
+    exchanged,
+    expected,
+    launch,
+    parts,
+    ping_pong,
+    stream,
+    tensor_cores,
+)  # fmt: skip
+from gradkernels.backends.cuda import nvrtc
+from gradkernels.cells.codegen import device_struct
+from tests.cuda_on_cpu.machine import SCHEDULES, Twin
+
+PARTS = [
+    Part("launch", empty(2), 3, 5),
+    Part("cluster barrier", cluster_barrier(2, 2), 4, 5),
+    Part("push and back", ping_pong(4), 8, 5, sources=3),
+    Part("all-gather", all_gather(4, 2, 64), 8, 7, 32),
+    Part("all-gather", all_gather(4, 2, 64), 8, 7, 64),
+    Part("all-gather", all_gather(4, 1, 256), 4, 7, 256),
+    exchanged(4, warps=2, rounds=5),
+    exchanged(4, 64, 4, 2, 5),
+    exchanged(4, 64, 2, 2, 5),
+    *(tensor_cores(number, 2, 2, 2, 2, 3) for number in NUMBERS),
+    Part("weights from L2", stream(1), 2, 3, 4096, exchange=2 * 4096),
+]
+
+
+@pytest.mark.slow
+def test_every_kernel_comes_back_with_what_it_must_in_every_order():
+    twin = Twin()
+    twin.compile(dict.fromkeys(part.kernel for part in PARTS))
+    for twin.schedule in SCHEDULES:
+        for part in PARTS:
+            got = launch(twin, part, torch.device("cpu"))(part.rounds)
+            assert torch.equal(got, expected(part, part.rounds)), (part, twin.schedule)
+
+
+class Gpu:
+    """As much of a machine as tells which parts there are."""
+
+    def __init__(self, multiprocessors, max_cluster, shared_bytes):
+        self.multiprocessors, self.max_cluster, self.shared_bytes = multiprocessors, max_cluster, shared_bytes
+
+    def kernel(self, variant):
+        assert variant.shared_bytes <= self.shared_bytes and variant.C <= self.max_cluster
+        return self
+
+    def resident(self):
+        return self.multiprocessors // self.max_cluster
+
+
+GPUS = {
+    "sm_80": Gpu(108, 1, 166912),
+    "sm_90a": Gpu(132, 16, 232448),
+    "sm_100a": Gpu(148, 16, 232448),
+    "sm_120": Gpu(170, 8, 101376),
+}
+
+
+@pytest.mark.parametrize("architecture", GPUS)
+def test_every_part_compiles_without_spilling(architecture):
+    found = dict.fromkeys(part.kernel for part in parts(GPUS[architecture]))
+    assert len(found) >= (6 if architecture == "sm_80" else 12)
+    for kernel in [empty(), *found]:
+        compiled = nvrtc.compile(
+            kernel.source(), {**nvrtc.headers(), "cells.cuh": device_struct(kernel.cell)}, architecture
+        )
+        assert compiled.spilled == 0, (kernel, compiled.log)
+        assert compiled.registers <= min(255, 65536 // kernel.threads), kernel
+
+
+def test_parts_tell_each_other_apart():
+    for quick in (False, True):
+        keys = [part.key for part in parts(GPUS["sm_90a"], quick)]
+        assert all(keys.count(key) == 1 for key in keys)
+    assert not any(part.kernel.C > 1 for part in parts(GPUS["sm_80"])), "no clusters, no parts of theirs"
+
+
+def test_arguments_as_the_kernel_has_them():
+    assert ctypes.sizeof(Arguments) == 40 and Arguments.arrivals.offset == 16
+
+
+class Failing(Exception):
+    pass
+
+
+def test_what_fails_is_said_and_what_is_known_is_not_measured_again():
+    def job(found=None, error=None):
+        def run():
+            if error:
+                raise error
+            return found
+
+        return run
+
+    report, said, saved = {}, [], []
+    todo = [
+        ({"what": "a", "C": 8}, job({"us": 1.0, "least": 0.9, "most": 1.2})),
+        ({"what": "b"}, job(error=RuntimeError("no room\nand more"))),
+        ({"what": "c"}, job({"us": 2.0})),
+    ]
+    micro.take(iter(todo), report, lambda: saved.append(len(report["records"])), said.append)
+    a, b, c = report["records"]
+    assert a["found"]["us"] == 1.0 and a["error"] is None and c["error"] is None
+    assert b["error"] == "RuntimeError: no room" and b["found"] == {}
+    assert saved == [1, 1, 2, 2, 3, 3], "there is a record before and after each measurement"
+    assert "1.000 us" in said[0] and "C 8" in said[0] and "no room" in said[1]
+    micro.take(iter([(key, job(error=Failing())) for key, _ in todo]), report, lambda: None, said.append)
+    assert len(report["records"]) == 3 and len(said) == 3
+
+
+def test_what_a_process_died_of_is_not_tried_again():
+    report, todo = {}, [({"what": "a"}, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))]
+    with pytest.raises(KeyboardInterrupt):
+        micro.take(iter(todo), report, lambda: None, print)
+    assert report["records"][0]["error"] == "the process ended while this was measured"
+    micro.take(iter(todo), report, lambda: None, print)
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"what": "launch"}, ["2.00 us of the host", "1.00 us in a graph"]),
+        ({"what": "clock under load"}, ["1980 MHz"]),
+        ({"what": "clusters at a time"}, ["of 8: 16 / 15"]),
+        ({"what": "products", "number": "bf16"}, ["number bf16", "12.3 TFLOP/s"]),
+        ({"what": "weights from L2"}, ["1,234 GB/s", "0.200 apart"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_records_as_lines(record, words):
+    found = {
+        "launch": {"us": 3.0, "host_us": 2.0, "graph_us": 1.0},
+        "clock under load": {"mhz": 1980.0},
+        "clusters at a time": {"clusters": {"8": {"small": 16, "whole multiprocessors": 15}}},
+        "products": {"us": 1.0, "gflops": 12345.0},
+        "weights from L2": {"us": 1.0, "least": 0.9, "most": 1.1, "gbs": 1234.0},
+    }[record["what"]]
+    line = micro.said({"key": record, "found": found, "error": None})
+    assert line.startswith(record["what"]) and all(word in line for word in words), line
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert micro.main([]) == 2
+    assert "CUDA" in capsys.readouterr().err
