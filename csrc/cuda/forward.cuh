@@ -18,6 +18,7 @@ struct Forward {
   static constexpr int SLOTS = DIRECT ? OCTETS * N_TILES : (ITEMS + WARPS - 1) / WARPS; // items of a warp
   static_assert(U % 8 == 0 && N % 8 == 0 && U / 8 * SPLIT % WM == 0 && H % (SPLIT * WK * values_of_tile<X>) == 0,
                 "tiles must fit");
+  static_assert(grid || H >= C * U, "every unit of the team has a line of the operand");
 
   using First = Matrix<X, OCTETS * G1, K_TILES, KEPT, IN_SHARED, WARPS>;
   using Second = Matrix<X, OCTETS * G2, Q ? K_TILES : 0, KEPT, IN_SHARED, WARPS>;
@@ -73,6 +74,10 @@ private:
   GK_DEVICE int unit(int slot) const { return unit0 + item(slot) / N_TILES * 8 + lane() / 4; }
   GK_DEVICE int row(int slot, int j) const { return row0 + n_tile(slot) * 8 + lane() % 4 * 2 + j; }
 
+  // A warp that has no units sends nothing. Where warps meet only by what they send, nobody would wait for it, and it
+  // could miss what it waits for: it stays away. The first warp of a block always has some.
+  GK_DEVICE bool idle() const { return DIRECT && !grid && C > 1 && unit0 + wm() * OCTETS * 8 >= p.walk.H; }
+
   GK_DEVICE Near operand() const { return {shared() + AT_OPERAND + turn % OPERANDS * Near::BYTES}; }
   GK_DEVICE Far far() const { return {exchange_memory + turn % 2 * Far::BYTES}; }
   GK_DEVICE static Signal *signal(int i) { return reinterpret_cast<Signal *>(shared() + AT_SIGNALS) + i; }
@@ -120,7 +125,10 @@ private:
       const Span span = span_of_row(p.walk, row0);
       now = step_at(span.begin), next = step_at(span.begin + 1);
       ask(now);
-      for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
+      if (idle())
+        turn += span.begin < span.end ? (span.end - span.begin) * (Q ? 2 : 1) - 1 : 0;
+      else
+        for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
       save_state();
       // Operand and sums are written again, the sums by neighbours too.
       if constexpr (SPLIT > 1)
@@ -217,22 +225,25 @@ private:
 
   GK_DEVICE void begin_exchange() {
     turn++;
-    if constexpr (!grid && C > 1)
-      if (thread() == 0) signal_expect(signal(turn % 2), N_TILES * p.walk.H * Near::LINE);
+    if constexpr (!grid && C > 1) {
+      warp_sync(); // all lanes have read what others overwrite as soon as they have what this warp sends
+      if (thread() == 0) signal_expect(signal(turn % 2), N_TILES * C * U * Near::LINE);
+    }
   }
 
   GK_DEVICE void send(int slot, const float (&v)[2]) {
     const int nt = n_tile(slot), u = unit(slot);
+    const bool there = u < p.walk.H;
     if constexpr (grid) {
-      if (u < p.walk.H) far().put(nt, u, v[0], v[1]);
+      if (there) far().put(nt, u, v[0], v[1]);
     } else if constexpr (C == 1) {
-      if (u < p.walk.H) operand().put(nt, u, v[0], v[1]);
+      if (there) operand().put(nt, u, v[0], v[1]);
     } else {
       // The four lanes of a line swap what they have, so that each holds 16 bytes of it and sends them to some of the
-      // blocks.
+      // blocks. Lines beyond the last unit are sent too, as zeros: every warp has to be heard of.
       constexpr int HOLD = Near::LINE / 16, EACH = 4 / HOLD; // chunks of a line; lanes that hold the same
       unsigned w[Near::WORDS], c[4];
-      pack(w, v[0], v[1], X{});
+      pack(w, there ? v[0] : 0.f, there ? v[1] : 0.f, X{});
       const int l = lane() % 4;
       if constexpr (Near::WORDS == 1) {
         const unsigned other = shuffle_xor(w[0], 1), low = l % 2 ? other : w[0], high = l % 2 ? w[0] : other;
@@ -242,13 +253,11 @@ private:
         const unsigned other[2] = {shuffle_xor(w[0], 1), shuffle_xor(w[1], 1)};
         GK_UNROLL for (int i = 0; i < 2; i++) c[i] = l % 2 ? other[i] : w[i], c[2 + i] = l % 2 ? w[i] : other[i];
       }
-      if (u < p.walk.H) {
-        char *to = operand().line(nt, u) + l / EACH * 16;
-        GK_UNROLL for (int i = 0; i < (C + EACH - 1) / EACH; i++) {
-          const int other = i * EACH + l % EACH;
-          if (C % EACH == 0 || other < C)
-            push(to, (rank + other) % C, Chunk{{c[0], c[1], c[2], c[3]}}, signal(turn % 2));
-        }
+      warp_sync(); // what the warp has read comes before what any of its lanes sends
+      char *to = operand().line(nt, u) + l / EACH * 16;
+      GK_UNROLL for (int i = 0; i < (C + EACH - 1) / EACH; i++) {
+        const int other = i * EACH + l % EACH;
+        if (C % EACH == 0 || other < C) push(to, (rank + other) % C, Chunk{{c[0], c[1], c[2], c[3]}}, signal(turn % 2));
       }
     }
   }

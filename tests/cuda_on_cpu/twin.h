@@ -13,6 +13,7 @@
 
 #define GK_DEVICE inline
 #define GK_UNROLL
+#define GK_LOOP
 #ifndef GK_CLUSTERS
 #define GK_CLUSTERS 1 // 0: a GPU before sm_90
 #endif
@@ -131,10 +132,9 @@ GK_DEVICE unsigned window(const void *p) { return twin::window(p, 1); }
 GK_DEVICE void copy16_async(void *to, const void *from, GK_SITE) {
   twin::enter("copy16_async", site);
   twin::window(to, 16), twin::aligned(to, 16), twin::aligned(from, 16);
-  twin::Copy copy{to, from, {}};
-  memcpy(copy.early, from, 16);
-  memset(to, 0xff, 16);
-  twin::copy_begin(copy);
+  const Chunk early = *(const Chunk *)from;
+  *(Chunk *)to = Chunk{{~0u, ~0u, ~0u, ~0u}};
+  twin::copy_begin({to, from, {early.w[0], early.w[1], early.w[2], early.w[3]}});
 }
 GK_DEVICE void copy_commit(GK_SITE) {
   if (twin::in_force("copy_commit", site)) twin::copy_commit();
@@ -142,8 +142,10 @@ GK_DEVICE void copy_commit(GK_SITE) {
 template <int PENDING = 0> GK_DEVICE void copy_wait(GK_SITE) {
   if (!twin::in_force("copy_wait", site)) return;
   for (twin::Copy copy; twin::copy_land(PENDING, copy);) {
-    if (memcmp(copy.early, copy.from, 16)) twin::fault("the source of a copy changed while it was under way");
-    memcpy(copy.to, copy.from, 16);
+    const Chunk late = *(const Chunk *)copy.from;
+    for (int i = 0; i < 4; i++)
+      if (late.w[i] != copy.early[i]) twin::fault("the source of a copy changed while it was under way");
+    *(Chunk *)copy.to = late;
   }
 }
 
@@ -165,7 +167,8 @@ template <class T> GK_DEVICE T shuffle_xor(T v, int lanes, Site site) {
 }
 
 struct Row { // of a tile
-  unsigned w[4], at;
+  Chunk held;
+  unsigned at;
 };
 // Which row each lane named, and what it held.
 struct Tiles {
@@ -177,7 +180,7 @@ struct Tiles {
     Row mine{};
     if (lane < 8 * tiles) {
       mine.at = window(row, 16), aligned(row, 16);
-      memcpy(mine.w, row, 16);
+      mine.held = *(const Chunk *)row;
     }
     all = (const char *)exchange(&mine, sizeof mine);
     for (int i = 0; lane == 0 && i < tiles; i++) {
@@ -198,13 +201,13 @@ template <int TILES> GK_DEVICE void load_tiles(unsigned (&r)[TILES], const void 
   enter("load_tiles", site);
   const Tiles tiles(row, TILES);
   const int lane = thread() % 32;
-  for (int i = 0; i < TILES; i++) r[i] = tiles(i, lane / 4).w[lane % 4];
+  for (int i = 0; i < TILES; i++) r[i] = tiles(i, lane / 4).held.w[lane % 4];
 }
 template <int TILES> GK_DEVICE void load_tiles_transposed(unsigned (&r)[TILES], const void *row, Site site) {
   enter("load_tiles_transposed", site);
   const Tiles tiles(row, TILES);
   const int lane = thread() % 32, column = lane / 4;
-  auto element = [&](int i, int row) { return tiles(i, row).w[column / 2] >> column % 2 * 16 & 0xffff; };
+  auto element = [&](int i, int row) { return tiles(i, row).held.w[column / 2] >> column % 2 * 16 & 0xffff; };
   for (int i = 0; i < TILES; i++) r[i] = element(i, lane % 4 * 2) | element(i, lane % 4 * 2 + 1) << 16;
 }
 
@@ -323,7 +326,7 @@ template <class T> GK_DEVICE void push(void *to, int rank, T v, Signal *s, Site 
   char *there = peer(to, rank, sizeof v);
   Signal *signal = (Signal *)peer(s, rank, sizeof *s);
   initialised(signal);
-  memset(there, 0xff, sizeof v);
+  for (unsigned &w : v.w) ((unsigned *)there)[&w - v.w] = ~0u;
   signal_send(signal, there, &v, sizeof v);
 }
 } // namespace twin
