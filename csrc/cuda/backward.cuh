@@ -133,8 +133,8 @@ private:
 
   GK_DEVICE void walk() {
     char *stream = link.published + PUBLISHED_BYTES + int64(link.rank) * STREAM_BYTES;
-    first.load(p.walk, as_x(p.w_hh), link, stream);
-    if constexpr (Q > 0) second.load(p.walk, as_x(p.w_hh), link, stream + First::STREAM_BYTES);
+    first.template load<SHARED_BYTES>(p.walk, as_x(p.w_hh), link, stream);
+    if constexpr (Q > 0) second.template load<SHARED_BYTES>(p.walk, as_x(p.w_hh), link, stream + First::STREAM_BYTES);
     if constexpr (C > 1) {
       if (thread() == 0)
         for (int i = 0; i < HALVES; i++) signal_init(link.signals + i);
@@ -168,7 +168,8 @@ private:
         GK_UNROLL for (int k = 0; k < S; k++) store(as<X>(p.dstate[k])[at], ds[slot][j][k]);
       });
     }
-    copy_wait(); // what of the matrix is still on its way for a step that there is not
+    first.weights.finish();
+    if constexpr (Q > 0) second.weights.finish();
   }
 
   // Step i, `now`: adjoints of the states after it become those of the states before it.

@@ -9,6 +9,7 @@
 
 #define GK_DEVICE __device__ __forceinline__
 #define GK_UNROLL _Pragma("unroll")
+#define GK_LOOP _Pragma("unroll 1")
 #define GK_CLUSTERS (__CUDA_ARCH__ >= 900)
 
 namespace gk {

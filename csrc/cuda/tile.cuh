@@ -71,7 +71,11 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
   int slot = 0;                       // of the ring: the next to be multiplied
 
   // word(group, row, k): the 4 bytes of the matrix that begin at row `row` of 8 and value k of the warp's share.
-  template <class F> GK_DEVICE void load(char *shared_memory, char *global_memory, F word) {
+  // `spare`: SPARE bytes of shared memory that nobody uses before a block_sync after this. What registers keep goes
+  // through it where there is room for a tile of each warp: a loop that fills registers is unrolled, and the addresses
+  // of all that it loads would take more of them than the loop of steps does.
+  template <int SPARE = 0, class F>
+  GK_DEVICE void load(char *shared_memory, char *global_memory, F word, char *spare = nullptr) {
     in_shared = reinterpret_cast<Chunk *>(shared_memory + warp() * (IN_SHARED + RING) * TILE_BYTES) + lane();
     ring = in_shared + IN_SHARED * M_TILES * 32;
     if constexpr (STREAMED > 0)
@@ -84,9 +88,26 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
       }
       return c;
     };
-    GK_UNROLL for (int kt = 0; kt < KEPT; kt++) GK_UNROLL for (int mt = 0; mt < M_TILES; mt++) {
-      const Chunk c = tile(mt, kt);
-      GK_UNROLL for (int i = 0; i < 4; i++) kept[mt][kt][i] = c.w[i];
+    constexpr int TILES = KEPT * M_TILES, ROOM = SPARE / (512 * WARPS), AT_ONCE = ROOM < TILES ? ROOM : TILES;
+    if constexpr (AT_ONCE > 0) {
+      Chunk *stage = reinterpret_cast<Chunk *>(spare + warp() * AT_ONCE * 512) + lane();
+      GK_UNROLL for (int begin = 0; begin < TILES; begin += AT_ONCE) {
+        const int end = begin + AT_ONCE < TILES ? begin + AT_ONCE : TILES;
+        GK_LOOP for (int at = begin; at < end; at += 2) {
+          const Chunk a = tile(at % M_TILES, at / M_TILES);
+          if (at + 1 < end) stage[(at + 1 - begin) * 32] = tile((at + 1) % M_TILES, (at + 1) / M_TILES);
+          stage[(at - begin) * 32] = a;
+        }
+        GK_UNROLL for (int at = begin; at < end; at++) {
+          const Chunk c = stage[(at - begin) * 32];
+          GK_UNROLL for (int i = 0; i < 4; i++) kept[at % M_TILES][at / M_TILES][i] = c.w[i];
+        }
+      }
+    } else {
+      GK_UNROLL for (int kt = 0; kt < KEPT; kt++) GK_UNROLL for (int mt = 0; mt < M_TILES; mt++) {
+        const Chunk c = tile(mt, kt);
+        GK_UNROLL for (int i = 0; i < 4; i++) kept[mt][kt][i] = c.w[i];
+      }
     }
     for (int kt = 0; kt < IN_SHARED; kt++)
       GK_UNROLL for (int mt = 0; mt < M_TILES; mt++) in_shared[(kt * M_TILES + mt) * 32] = tile(mt, KEPT + kt);

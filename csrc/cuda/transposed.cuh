@@ -68,24 +68,24 @@ struct Transposed {
 
   Weights weights;
 
-  // Once, before the first step. `stream`: of this block, STREAM_BYTES of global memory.
-  GK_DEVICE void load(const Walk &walk, const X *w, const Link &link, char *stream) {
+  // Once, before the first step. `stream`: of this block, STREAM_BYTES of global memory. END_OF_ALL: of the kernel's
+  // shared memory, none of which behind the matrix is used yet.
+  template <int END_OF_ALL> GK_DEVICE void load(const Walk &walk, const X *w, const Link &link, char *stream) {
     const int sender = (JOINED ? link.c * SENDERS : link.rank) * U, reader = (link.rank - link.c) * U; // first units
-    weights.load(shared() + AT, stream, [=](int group, int row, int at) {
+    const int first = wk() * K_TILES * TILE;                                                           // line
+    auto word = [=](int group, int row, int k) {
       const int unit = reader + octet_of(link.c, wm() * GROUPS + group) * 8 + row;
-      const bool real = wm() * GROUPS + group < C * OCTETS && unit < walk.H;
-      unsigned word = 0;
-      GK_UNROLL for (int j = 0; j < 4 / int(sizeof(X)); j++) {
-        const int line = wk() * K_TILES * TILE + at + j, from = sender + line / OWN * U + line % U;
-        const bool there = real && line < SENDERS * OWN && from < walk.H;
-        const X *value = w + (there ? (int64(GATE + line % OWN / U) * walk.H + from) * walk.H + unit : 0);
-        if constexpr (sizeof(X) == 2)
-          word |= (there ? value->bits : 0u) << 16 * j;
-        else
-          word = there ? as_bits(value->value) : 0u;
-      }
-      return word;
-    });
+      const int line = first + k / 8 * 8, gate = GATE + line % OWN / U; // of eight, which are one below the other in W
+      const int from = sender + line / OWN * U + line % U + k % 8;
+      const bool real = wm() * GROUPS + group < C * OCTETS && unit < walk.H && line < SENDERS * OWN;
+      const X *value = w + (int64(gate) * walk.H + from) * walk.H + unit;
+      if constexpr (sizeof(X) == 4)
+        return real && from < walk.H ? as_bits(value->value) : 0u;
+      else
+        return (real && from < walk.H ? value->bits : 0u) | (real && from + 1 < walk.H ? value[walk.H].bits : 0u) << 16;
+    };
+    weights.template load<END_OF_ALL - AT_GRADIENTS>(shared() + AT, stream, word, shared() + AT_GRADIENTS);
+    block_sync();
     // What nobody puts has to be zero: a weight of zero makes no zero of a NaN.
     for (int at = thread() * 16; at < HALVES * Gradients::BYTES; at += 32 * WARPS * 16)
       *reinterpret_cast<Chunk *>(shared() + AT_GRADIENTS + at) = Chunk{};

@@ -84,10 +84,10 @@ class Backward(Variant):
     def registers(self) -> int:
         cell, m_tiles, n_tiles = self.cell, -(-self.groups // 2), self.N // 8
         weights = sum(4 * m_tiles * min(self.KEPT, self.k_tiles(gates)) for gates in self.products)
-        sums = 4 * m_tiles * n_tiles
+        weights *= 3 if self.number == "fp32" else 1  # and what tf32 holds of each, and of the rest
         slots = -(-self.octets * n_tiles // (self.WM * self.WK))
         values = cell.A + 4 * cell.S + cell.G * (2 if cell.split else 1) + 1 + len(cell.second)
-        return 56 + weights + sums + 2 * slots * values + 4 * n_tiles
+        return 48 + weights + 4 * m_tiles * n_tiles + 2 * slots * values + 4 * n_tiles
 
     @property
     def template(self) -> str:
