@@ -74,10 +74,6 @@ private:
   GK_DEVICE int unit(int slot) const { return unit0 + item(slot) / N_TILES * 8 + lane() / 4; }
   GK_DEVICE int row(int slot, int j) const { return row0 + n_tile(slot) * 8 + lane() % 4 * 2 + j; }
 
-  // A warp that has no units sends nothing. Where warps meet only by what they send, nobody would wait for it, and it
-  // could miss what it waits for: it stays away. The first warp of a block always has some.
-  GK_DEVICE bool idle() const { return DIRECT && !grid && C > 1 && unit0 + wm() * OCTETS * 8 >= p.walk.H; }
-
   GK_DEVICE Near operand() const { return {shared() + AT_OPERAND + turn % OPERANDS * Near::BYTES}; }
   GK_DEVICE Far far() const { return {exchange_memory + turn % 2 * Far::BYTES}; }
   GK_DEVICE static Signal *signal(int i) { return reinterpret_cast<Signal *>(shared() + AT_SIGNALS) + i; }
@@ -125,10 +121,7 @@ private:
       const Span span = span_of_row(p.walk, row0);
       now = step_at(span.begin), next = step_at(span.begin + 1);
       ask(now);
-      if (idle())
-        turn += span.begin < span.end ? (span.end - span.begin) * (Q ? 2 : 1) - 1 : 0;
-      else
-        for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
+      for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
       save_state();
       // Operand and sums are written again, the sums by neighbours too.
       if constexpr (SPLIT > 1)
@@ -226,7 +219,7 @@ private:
   GK_DEVICE void begin_exchange() {
     turn++;
     if constexpr (!grid && C > 1) {
-      warp_sync(); // all lanes have read what others overwrite as soon as they have what this warp sends
+      warp_sync(); // what the warp has read comes before what any of its lanes sends
       if (thread() == 0) signal_expect(signal(turn % 2), N_TILES * C * U * Near::LINE);
     }
   }
@@ -253,7 +246,6 @@ private:
         const unsigned other[2] = {shuffle_xor(w[0], 1), shuffle_xor(w[1], 1)};
         GK_UNROLL for (int i = 0; i < 2; i++) c[i] = l % 2 ? other[i] : w[i], c[2 + i] = l % 2 ? w[i] : other[i];
       }
-      warp_sync(); // what the warp has read comes before what any of its lanes sends
       char *to = operand().line(nt, u) + l / EACH * 16;
       GK_UNROLL for (int i = 0; i < (C + EACH - 1) / EACH; i++) {
         const int other = i * EACH + l % EACH;

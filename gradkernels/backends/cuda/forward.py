@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .variant import BYTES, FRAGMENT, LANES, TILE, Variant
+from .variant import BYTES, FRAGMENT, TILE, Variant
 
 
 class Forward(Variant):
@@ -45,6 +45,7 @@ class Forward(Variant):
             and self.N % 8 == 0
             and self.U // 8 * self.parts % self.WM == 0
             and self.H * BYTES[self.number] % (TILE * self.parts * self.WK) == 0
+            and (self.exchange == "grid" or self.H >= self.C * self.U)
         )
 
     @property
@@ -67,9 +68,11 @@ class Forward(Variant):
 
     @property
     def registers(self) -> int:
-        cell, words = self.cell, BYTES[self.number] // 2
+        cell, n_tiles = self.cell, self.N // 8
         m_tiles = [-(-gates * self.octets // 2) for gates in self.products]
-        weights = sum(4 * m * min(self.KEPT, self.k_tiles) for m in m_tiles)
-        sums = 4 * max(m_tiles) * (self.N // 8)
+        kept = min(self.KEPT, self.k_tiles)
+        halves = 2 if self.number == "fp32" else 1  # the compiler splits what is kept once, before the steps
+        weights = sum(4 * m * kept * halves for m in m_tiles)
+        sums = max(4 * m * n_tiles * (2 if m * n_tiles < 4 else 1) for m in m_tiles)
         cells = self.slots * (3 * cell.G + 2 * cell.S + 2 * cell.A)
-        return 56 + weights + sums + cells + 2 * words * (self.N // 8)
+        return 64 + weights + sums + cells + 6 * n_tiles + 16 * (kept + self.SHARED < self.k_tiles)
