@@ -153,10 +153,12 @@ def parts(machine: Any, quick: bool = False) -> Iterator[Part]:
         return
     for warps, M in ((4, 4), (16, 2)):
         yield tensor_cores("bf16", warps, M, 8, full)
-    for C in sizes:  # all clusters at once: do they share the network?
-        most = machine.kernel(all_gather(C, at_least=machine.shared_bytes)).resident() * C
-        for bytes in (256, 2048):
-            yield Part("all-gather", all_gather(C, at_least=machine.shared_bytes), most, 1000, bytes)
+
+
+def everywhere(machine: Any, C: int, bytes: int) -> Part:
+    """The all-gather in as many clusters as run at a time, a multiprocessor to each block: do they share a network?"""
+    kernel = all_gather(C, at_least=machine.shared_bytes)
+    return Part("all-gather", kernel, machine.kernel(kernel).resident() * C, 1000, bytes)
 
 
 def launch(machine: Any, part: Part, device: torch.device) -> Callable[[int], torch.Tensor]:

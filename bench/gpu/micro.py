@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.device import dead
 from bench.gpu.kernels import (
     NUMBERS,
     Arguments,
@@ -27,6 +28,7 @@ from bench.gpu.kernels import (
     all_gather,
     cluster_barrier,
     empty,
+    everywhere,
     expected,
     launch,
     parts,
@@ -34,6 +36,7 @@ from bench.gpu.kernels import (
 )
 
 REPEAT = 7
+LOST = 3  # exit status: the GPU takes nothing more from this process, another one may go on
 
 
 class Wrong(AssertionError):
@@ -96,12 +99,20 @@ def active(machine: Any) -> dict[str, Any]:
     """Clusters at a time by the driver's own count: with hardly any shared memory, and with all that a block may have."""
     found = {}
     for C in (c for c in (2, 4, 8, 16) if c <= machine.max_cluster):
-        small, large = cluster_barrier(C), all_gather(C, most=16, at_least=machine.shared_bytes)
-        found[str(C)] = {
-            "small": machine.kernel(small).resident(),
-            "whole multiprocessors": machine.kernel(large).resident(),
+        kinds = {
+            "small": cluster_barrier(C),
+            "whole multiprocessors": all_gather(C, most=16, at_least=machine.shared_bytes),
         }
+        found[str(C)] = {kind: room(machine, kernel) for kind, kernel in kinds.items()}
     return {"clusters": found}
+
+
+def room(machine: Any, kernel: Any) -> int:
+    """Clusters at a time; none where the driver refuses even one."""
+    try:
+        return machine.kernel(kernel).resident()
+    except RuntimeError:
+        return 0
 
 
 def step_product(device: torch.device, B: int, H: int, G: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def clock(machine: Any, device: torch.device) -> dict[str, Any]:
     part = tensor_cores("bf16", 8, 4, 8, machine.multiprocessors)
     run = launch(machine, part, device)
     brief = events(lambda: run(part.rounds))
-    run(int(part.rounds * min(5e4, 1.5e6 / brief)))  # a second and a half
+    run(int(part.rounds * min(1e5, 3e6 / brief)))  # three seconds
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # it counts devices in another order
     line = ["nvidia-smi", f"--id={which}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
     try:
@@ -173,6 +184,10 @@ def jobs(machine: Any, device: torch.device, quick: bool) -> Iterator[Job]:
     yield {"what": "clock under load"}, lambda: clock(machine, device)
     for part in parts(machine, quick):
         yield part.key, lambda part=part: measure(machine, part, device)
+    for C in (c for c in (8, 16) if c <= machine.max_cluster and not quick):
+        for bytes in (256, 2048):
+            key = {"what": "all-gather in all clusters", "C": C, "bytes": bytes}
+            yield key, lambda C=C, bytes=bytes: measure(machine, everywhere(machine, C, bytes), device)
     yield {"what": "copy by torch"}, lambda: copy(device)
     for number in NUMBERS:
         key = {"what": "product of large matrices by torch", "number": number}
@@ -203,8 +218,14 @@ def said(record: dict[str, Any]) -> str:
     return f"{key['what']:28} {sizes:64} {', '.join(more)}"
 
 
-def take(todo: Iterator[Job], report: dict[str, Any], save: Callable[[], object], say: Callable[[str], object]) -> None:
-    """Measures what the report lacks, one after the other; what fails is said in its record.
+def take(
+    todo: Iterator[Job],
+    report: dict[str, Any],
+    save: Callable[[], object],
+    say: Callable[[str], object],
+    dead: Callable[[], str | None] = lambda: None,
+) -> bool:
+    """Measures what the report lacks, one after the other; what fails is said in its record. False: the GPU was lost on the way.
 
     A part during which the process died is in the report as such, and is not tried again.
     """
@@ -222,6 +243,9 @@ def take(todo: Iterator[Job], report: dict[str, Any], save: Callable[[], object]
             record["error"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         save()
         say(said(record))
+        if record["error"] and dead():
+            return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.gpu.micro needs a CUDA device and a torch built for CUDA", file=sys.stderr)
         return 2
     report = everything(o.quick, o.json, lambda text: print(text, flush=True))
-    return 1 if any(r["error"] for r in report["records"]) else 0
+    return LOST if report["lost"] else 1 if any(r["error"] for r in report["records"]) else 0
 
 
 def everything(
@@ -257,7 +281,7 @@ def everything(
 
     machine = driver.machine(device)
     report["machine"] = {k: getattr(machine, k) for k in ("name", "multiprocessors", "max_cluster", "shared_bytes")}
-    take(jobs(machine, device, quick), report, save, say)
+    report["lost"] = not take(jobs(machine, device, quick), report, save, say, dead)
     return report
 
 

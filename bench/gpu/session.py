@@ -32,7 +32,7 @@ SECTIONS = {
 GRACE = 5.0  # seconds between asking a process to end and ending it
 QUIET = 100.0  # seconds without a word after which a process hangs
 RESTARTS = 12
-AGAIN = 3  # exit status of run.py: the GPU takes nothing more from that process
+AGAIN = 3  # exit status of run.py and micro.py: the GPU takes nothing more from that process
 END = 8.0  # seconds kept for the tables
 
 
@@ -141,32 +141,34 @@ def sanitizer(seconds: float, folder: Path) -> list[Outcome]:
     return found
 
 
-def rows(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
-    """The rows, by as many processes as it takes: each goes on where the one before was lost."""
-    path, found = folder / "recurrent-gpu.json", []
-    command = [
-        sys.executable,
-        "bench/run.py",
-        "recurrent-gpu",
-        "--resume",
-        "--json",
-        str(path),
-        "--micro",
-        str(folder / "micro.json"),
-    ]
-    command += ["--budget", "0.4" if o.quick else "1.0", "--repeat", "3"]
-    command += ["--variants"] * o.variants + ["--quick"] * o.quick
-    for name, values in (("--filter", o.filter), ("--try", o.tries)):
-        command += [word for value in values for word in (name, value)]
+def again(section: str, command: Sequence[str], end: float, folder: Path, timed: bool = False) -> list[Outcome]:
+    """By as many processes as it takes: each goes on where the one before was lost. timed: tell it how many minutes it has."""
+    found: list[Outcome] = []
     for _ in range(RESTARTS):
         left = end - time.monotonic()
         if left < 10:
             break
-        done = run("rows", [*command, "--minutes", str((left - 20) / 60)], left, folder)
+        more = ["--minutes", str(max(left - 20, 1) / 60)] if timed else []
+        done = run(section, [*command, *more], left, folder)
         found.append(done)
         if not (done.ended or done.said == f"exit status {AGAIN}" or done.said.startswith("SIG")):
             break
     return found
+
+
+def micro(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
+    command = [sys.executable, "-m", "bench.gpu.micro", "--json", str(folder / "micro.json"), *["--quick"] * o.quick]
+    return again("micro", command, end, folder)
+
+
+def rows(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
+    files = ["--json", str(folder / "recurrent-gpu.json"), "--micro", str(folder / "micro.json")]
+    command = [sys.executable, "bench/run.py", "recurrent-gpu", "--resume", *files]
+    command += ["--budget", "0.4" if o.quick else "1.0", "--repeat", "3"]
+    command += ["--variants"] * o.variants + ["--quick"] * o.quick
+    for name, values in (("--filter", o.filter), ("--try", o.tries)):
+        command += [word for value in values for word in (name, value)]
+    return again("rows", command, end, folder, timed=True)
 
 
 def tables(folder: Path) -> None:
@@ -224,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"\n== {section}, {seconds:.0f} s at most", flush=True)
         if section == "micro":
-            command = [sys.executable, "-m", "bench.gpu.micro", "--json", str(folder / "micro.json")]
-            done.append(run(section, command + ["--quick"] * o.quick, seconds, folder))
+            done += micro(o, time.monotonic() + seconds, folder)
         elif section == "tests":
             done.append(tests(seconds, folder))
         elif section == "sanitizer":

@@ -55,7 +55,10 @@ def begin(o: argparse.Namespace) -> dict[str, Any]:
     if o.micro and o.micro.exists():
         report = json.loads(o.micro.read_text())
     else:
-        report = micro.everything(quick=True)
+        try:
+            report = micro.everything(True, o.micro)
+        except RuntimeError as e:  # no CUDA kernels here: others may run
+            report = {"machine": {}, "records": [], "error": str(e)}
     return {"machine": device.describe(), "limits": device.limits(report), "micro": report}
 
 
@@ -100,7 +103,7 @@ def measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[C
         calls = [p.run for p in found.values()]
         spreads, row["rounds"], row["dropped"] = interleaved(calls, o.budget, o.repeat, o.wait, watch=device.Events())
         fill(row, dict(zip(found, spreads)))
-        row["algorithm"] = found[row["peer"]].algorithm()
+        row["algorithm"] = found[row["peer"]].algorithm() if row["peer"].startswith("torch") else None
         found[row["subject"]].run()
         row["backend"] = gradkernels.backends.last()
         row["plan"] = plan(case) if row["backend"] == "cuda" else None

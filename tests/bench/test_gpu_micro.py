@@ -13,6 +13,7 @@ from bench.gpu.kernels import (
     all_gather,
     cluster_barrier,
     empty,
+    everywhere,
     exchanged,
     expected,
     launch,
@@ -91,6 +92,14 @@ def test_parts_tell_each_other_apart():
     assert not any(part.kernel.C > 1 for part in parts(GPUS["sm_80"])), "no clusters, no parts of theirs"
 
 
+@pytest.mark.slow
+def test_all_clusters_at_once_are_as_many_as_there_is_room_for():
+    twin = Twin(multiprocessors=6)
+    part = everywhere(twin, 2, 32)
+    assert part.blocks == 6 and part.kernel.shared_bytes == twin.shared_bytes
+    assert torch.equal(launch(twin, part, torch.device("cpu"))(2), expected(part, 2))
+
+
 def test_arguments_as_the_kernel_has_them():
     assert ctypes.sizeof(Arguments) == 40 and Arguments.arrivals.offset == 16
 
@@ -114,7 +123,7 @@ def test_what_fails_is_said_and_what_is_known_is_not_measured_again():
         ({"what": "b"}, job(error=RuntimeError("no room\nand more"))),
         ({"what": "c"}, job({"us": 2.0})),
     ]
-    micro.take(iter(todo), report, lambda: saved.append(len(report["records"])), said.append)
+    assert micro.take(iter(todo), report, lambda: saved.append(len(report["records"])), said.append)
     a, b, c = report["records"]
     assert a["found"]["us"] == 1.0 and a["error"] is None and c["error"] is None
     assert b["error"] == "RuntimeError: no room" and b["found"] == {}
@@ -122,6 +131,9 @@ def test_what_fails_is_said_and_what_is_known_is_not_measured_again():
     assert "1.000 us" in said[0] and "C 8" in said[0] and "no room" in said[1]
     micro.take(iter([(key, job(error=Failing())) for key, _ in todo]), report, lambda: None, said.append)
     assert len(report["records"]) == 3 and len(said) == 3
+    report = {}
+    assert not micro.take(iter(todo), report, lambda: None, said.append, dead=lambda: "lost")
+    assert len(report["records"]) == 2, "nothing is measured on a GPU that is lost"
 
 
 def test_what_a_process_died_of_is_not_tried_again():

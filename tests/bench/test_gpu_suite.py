@@ -13,7 +13,7 @@ from bench.gpu import device, micro, picks, small, suite
 from tests.bench.made_up import GPU, MICRO
 from tests.cuda_on_cpu.machine import twin  # noqa: F401 - a fixture
 
-ROW = Case("g", "lstm", "training", 3, 3, 24, targets=(Target("torch", 1e-9),), device="cuda")
+ROW = Case("g", "gru", "inference", 3, 3, 24, targets=(Target("torch", 1e-9),), device="cuda")
 
 
 class Watch(measure.HostWatch):
@@ -28,7 +28,7 @@ def here(monkeypatch, twin):  # noqa: F811
     monkeypatch.setattr(suite, "dead", lambda: None)
     monkeypatch.setattr(device, "Events", Watch)
     monkeypatch.setattr(device, "describe", lambda: GPU)
-    monkeypatch.setattr(micro, "everything", lambda quick: MICRO)
+    monkeypatch.setattr(micro, "everything", lambda quick, path: MICRO)
     monkeypatch.setattr(suite, "plan", lambda case: "made up")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     honest = providers.build
@@ -84,7 +84,7 @@ def test_a_row_from_end_to_end(here, tmp_path, capsys):
 
 
 def test_numbers_that_disagree_leave_out_one_who_is_timed_along(here, monkeypatch):
-    case = replace(ROW, mode="inference", providers=("ours", "torch", "ours:kind=step"), backend="reference")
+    case = replace(ROW, providers=("ours", "torch", "ours:kind=step"), backend="reference")
     row, o = run.blank(case), run.arguments(command("x"))
 
     def agree(case, seen):
@@ -111,7 +111,8 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "measure", measure)
     monkeypatch.setattr(suite, "dead", lambda: None)
-    before = {"rows": [{**run.blank(todo[0]), "results": {}}], "running": todo[1].name}
+    fewer = {**run.blank(todo[2]), "results": {"ours": {}}}  # torch was not timed
+    before = {"rows": [{**run.blank(todo[0]), "results": {"ours": {}, "torch": {}}}, fewer], "running": todo[1].name}
     run.resumed(report, before, todo)
     assert [r["name"] for r in report["rows"]] == [c.name for c in todo[:2]]
     assert report["rows"][1]["error"] == "the process ended while this row was measured"
