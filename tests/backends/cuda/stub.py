@@ -20,7 +20,8 @@ import ctypes, json, os, threading, warnings
 import torch
 from gradkernels.backends.cuda import driver
 from gradkernels.backends.cuda.arguments import ForwardArgs
-from tests.backends.cuda.stub import Tiny, calls, say, tiny
+from gradkernels.cells import CELLS
+from tests.backends.cuda.stub import calls, say, tiny
 
 STREAM = 0x77
 """
