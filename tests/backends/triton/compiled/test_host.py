@@ -1,0 +1,95 @@
+"""What the host does, over a GPU that writes launches down: how many, with what, and nothing compiled twice."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gradkernels.backends.triton import launch
+from gradkernels.backends.triton.launch import Limits, Number, is_resident, tile
+from gradkernels.cells import CELLS
+from tests.backends.triton.compiled import offline
+from tests.backends.triton.compiled.calls import Call
+
+LARGE = Limits(232448, 132, True)
+SMALL = Limits(65536, 40, False)
+NUMBERS = {
+    torch.bfloat16: Number(2, torch.float32, "ieee", True),
+    torch.float64: Number(8, torch.float64, "ieee", False),
+}
+STEPS = Call("rnn_tanh", "fp16", 512, B=40, T=4)
+
+
+def test_launches_of_a_walk_by_steps(monkeypatch):
+    """One a step, and one more backward; two where a cell has a second product."""
+    with offline.gpu(90) as driver:
+        STEPS.run(monkeypatch)
+        names = [one.name for one in driver.launches]
+        assert names == ["forward_step"] * 4 + ["backward_step"] * 5
+        assert [one.arguments[0] for one in driver.launches] == [*range(4), *range(5)]
+        first, *others = driver.launches[:4]
+        for one in others:  # after the first, addresses of the same tensors
+            assert one.grid == first.grid and len(one.arguments) == len(first.arguments)
+            for a, b in zip(first.arguments[1:], one.arguments[1:]):
+                assert b == (
+                    a.data_ptr() if isinstance(a, torch.Tensor) else launch.addresses(a) if type(a) is tuple else a
+                )
+        driver.launches.clear()
+        dataclasses.replace(STEPS, cell="gru_reset_before").run(monkeypatch)
+        assert len(driver.launches) == 2 * 4 + 2 * 4 + 1
+
+
+@pytest.mark.parametrize("call", [STEPS, Call("rnn_tanh", "fp16", 32)], ids=["steps", "resident"])
+def test_nothing_is_compiled_for_another_batch_or_length(call, monkeypatch):
+    with offline.gpu(90) as driver:
+        call.run(monkeypatch)
+        before = len(driver.kernels)
+        for T, B in ((1, call.B), (7, call.B - 1), (2, call.B - 3)):
+            dataclasses.replace(call, T=T, B=B).run(monkeypatch)
+    assert len(driver.kernels) == before <= 2
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_overlapping_launches_wait_before_they_read(architecture, monkeypatch):
+    with offline.gpu(architecture) as driver:
+        dataclasses.replace(STEPS, H=384).run(monkeypatch)
+    assert len(driver.ptx) == 2
+    for text in driver.ptx:
+        reads = min(text.index(word) for word in ("ld.global", "cp.async") if word in text)
+        leaves = text.index("ret;")
+        assert ("griddepcontrol.wait" in text) is (architecture == 90)
+        if architecture == 90:
+            assert text.index("griddepcontrol.wait") < min(reads, leaves)
+            assert text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
+
+
+def test_who_keeps_the_matrix():
+    bf16, fp64 = NUMBERS.values()
+    small = lambda name, H, number, at: is_resident(CELLS[name], H, H, number, at)
+    assert small("lstm", 128, bf16, LARGE) and not small("lstm", 129, bf16, LARGE)
+    assert small("lstm", 64, bf16, SMALL) and not small("lstm", 128, bf16, SMALL)
+    assert small("rnn_tanh", 256, bf16, LARGE) and not small("gru", 256, bf16, LARGE)
+    assert small("gru", 16, fp64, LARGE) and not small("gru", 32, fp64, LARGE)
+
+
+@pytest.mark.parametrize("at", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=["bf16", "fp64"])
+@pytest.mark.parametrize("planes", [1, 4])
+def test_tiles(planes, number, at):
+    """All is covered, chunks fit twice into shared memory where they can, and small batches still get many programs."""
+    for B in (1, 16, 17, 64, 200, 4096):
+        for units in (1, 100, 512, 1024, 4096):
+            one = tile(B, units, units, planes, number, at)
+            assert one.grid[0] * one.BU >= units > (one.grid[0] - 1) * one.BU
+            assert one.grid[1] * one.BM >= B > (one.grid[1] - 1) * one.BM and one.BM < max(2 * B, 17)
+            in_flight = (one.options["num_stages"] - 1) * (one.BM + planes * one.BU) * one.BK * number.bytes
+            assert in_flight <= at.shared // 2 or one.options["num_stages"] == 2
+            assert in_flight <= at.shared
+            if one.BM * one.BU > 256:
+                assert one.programs >= at.multiprocessors * 0.75
+            assert ("launch_pdl" in one.options) is at.overlap
+
+
+@pytest.mark.parametrize("K, expected", [(1024, 64), (96, 32), (48, 16), (1000, 64), (5, 64)])
+def test_chunks(K, expected):
+    assert NUMBERS[torch.bfloat16].chunk(K) == expected

@@ -1,0 +1,63 @@
+"""Every cell, in both residencies, compiles for every architecture, in all dtypes in turn; registers and what spills.
+
+All combinations would take an hour. Here each cell meets each residency, and the other properties rotate, differently by
+version of Triton, so that any two of them meet.
+"""
+
+import pytest
+import triton
+
+from gradkernels.cells import CELLS
+from tests.backends.triton.compiled import offline
+from tests.backends.triton.compiled.calls import Call
+
+ARCHITECTURES = (80, 90, 100)
+LAYOUTS = ("dense", "packed", "lengths")
+NUMBERS = ("bf16", "fp16", "tf32", "fp32", "fp64")
+SMALL = {"bf16": 64, "fp16": 63, "tf32": 32, "fp32": 16, "fp64": 16}  # units of which one program keeps the matrix
+BATCHES = (64, 16, 1024)
+SPILLED = 128  # bytes of a thread, in the largest tiles; none elsewhere
+
+shift = 1 if triton.__version__ < "3.7" else 0
+KINDS = [
+    (cell, projected, resident)
+    for cell in CELLS
+    for projected in (0, 1)[: 1 + CELLS[cell].projects]
+    for resident in (1, 0)
+]
+CASES = []
+for n, (cell, projected, resident) in enumerate(KINDS):
+    number, batch, architecture = (
+        NUMBERS[(n + shift) % 5],
+        BATCHES[(n + n // 3) % 3],
+        ARCHITECTURES[(n // 2 + shift) % 3],
+    )
+    H = SMALL[number] if resident else 1000 if n % 4 == 3 else 1024
+    layout, reverse, norms = LAYOUTS[(n // 3) % 3], n // 2 % 2 == 1, n // 4 % 2 == 1
+    call = Call(cell, number, H, H // 2 * projected, batch, 2, layout, reverse, norms)
+    CASES.append(pytest.param(call, architecture, bool(resident), id=f"{call}-sm_{architecture}"))
+# the corners: the most that one program keeps, the largest tiles, and the dtype that is used most on the newest GPUs
+CASES += [
+    pytest.param(call, architecture, resident, id=f"{call}-sm_{architecture}")
+    for call, architecture, resident in (
+        (Call("lstm", "bf16", 128), 90, True),
+        (Call("gru", "fp16", 128, norms=True), 90, True),
+        (Call("lstm", "bf16", 1024, B=4096), 90, False),
+        (Call("lstm", "bf16", 1024, layout="lengths"), 100, False),
+    )
+]
+
+
+@pytest.mark.parametrize("call, architecture, resident", CASES)
+def test_compiles(call, architecture, resident, monkeypatch):
+    with offline.gpu(architecture) as driver:
+        call.run(monkeypatch)
+    names = {k.name for k in driver.kernels}
+    assert ("forward_walk" in names and "backward_walk" in names) if resident else "backward_step" in names, names
+    for kernel in driver.kernels:
+        registers, spilled = kernel.resources
+        print(
+            f"{call} sm_{architecture} {kernel.name}: {registers} registers, {spilled} B spilled, {kernel.shared} B shared"
+        )
+        assert 16 <= registers <= 255 and kernel.shared <= offline.SHARED[architecture]
+        assert spilled <= (SPILLED if call.B > 512 else 0), kernel.name

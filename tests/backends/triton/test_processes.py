@@ -1,0 +1,147 @@
+"""The kernels of Triton in processes of their own: interpreted, and compiled for GPUs that are not there by two versions."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests import place
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+OLDER = "3.6.0"  # what torch 2.11 comes with
+
+missing = importlib.util.find_spec("triton") is None
+if missing and place.REQUIRED:
+    raise RuntimeError("GRADKERNELS_REQUIRE_COMPILED=1, but Triton is missing")
+needs_triton = pytest.mark.skipif(missing, reason="nothing to test: Triton is not installed")
+
+
+def older() -> Path:
+    """A folder with the older version, made once."""
+    folder = ROOT / "build" / f"triton-{OLDER}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                fresh,
+                f"triton=={OLDER}",
+            ]
+            subprocess.run(command, check=True)
+            shutil.copytree(fresh, folder, dirs_exist_ok=True) if folder.exists() else os.rename(fresh, folder)
+            Path(fresh).mkdir(exist_ok=True)
+    return folder
+
+
+def run(folder, first=(), **environment):
+    """pytest on a folder, in this repository's package, or in a package that lies before it."""
+    path = os.pathsep.join(map(str, (*first, ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_interpreted():
+    run("interpreted", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiled():
+    run("compiled")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiled_by_an_older_version():
+    assert f"triton {OLDER}" in run("compiled", [older()])
+
+
+def python(code, **environment):
+    given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**given, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_triton():
+    """All else works, and says what is missing."""
+    code = "import sys; sys.modules['triton'] = None; import torch, gradkernels as gk; print(gk.backends()['triton']); "
+    code += "gk.ops.recurrent(torch.zeros(2, 1, 4), torch.zeros(4, 1), [torch.zeros(1, 1)] * 2, cell='lstm')"
+    assert python(code) == "Triton is not installed; `pip install triton` (Linux)"
+
+
+@needs_triton
+@pytest.mark.parametrize("before", [True, False], ids=["before-import", "after-import"])
+def test_interpreter_is_asked_for_before_triton_is_imported(before):
+    first = "os.environ['TRITON_INTERPRET'] = '1'; "
+    second = "import triton.language; "
+    code = "import os, torch; from gradkernels.backends import triton as ours; " + (
+        first + second if before else second + first
+    )
+    code += "print(ours.why_not(device=torch.device('cpu')))"
+    expected = (
+        "None"
+        if before
+        else "it runs on GPUs, and on cpu only where TRITON_INTERPRET=1 was set before Triton was imported"
+    )
+    assert python(code) == expected
+
+
+@needs_triton
+def test_reasons():
+    import torch
+
+    from gradkernels.backends import triton
+    from gradkernels.cells import cell
+
+    cpu = torch.device("cpu")
+    assert "no kernels for torch.int64" in triton.why_not(dtype=torch.int64)
+    assert "TRITON_INTERPRET=1" in triton.why_not(device=cpu)
+    assert "on meta" in triton.why_not(device=torch.device("meta"))
+    if not torch.cuda.is_available():
+        assert triton.why_not(device=torch.device("cuda")) == "there is no GPU that torch can use"
+    from gradkernels.backends.triton.cells import why_not
+
+    def normed(x, r, s):
+        v = x[0] + r[0]
+        return v - mean(v)  # noqa: F821 - a function of the language
+
+    def peephole(x, r, s, p):
+        return tanh(x[0] + r[0] + p[0] * s[0])  # noqa: F821
+
+    def power(x, r, s):
+        return (x[0] + r[0]) ** 3.5
+
+    assert why_not(cell(normed)) == "cell 'normed' uses mean, which the kernels do not have"
+    assert "per-unit parameters" in why_not(cell(peephole))
+    assert "**" in why_not(cell(power)) or "pow" in why_not(cell(power))
