@@ -7,6 +7,7 @@ reference backend; GRADKERNELS_REQUIRE_COMPILED=1 makes that an error (0 turns t
 the warning). CXX selects the compiler, MAX_JOBS the number of compilations at once.
 """
 
+import itertools
 import os
 import platform
 import shlex
@@ -67,7 +68,7 @@ def escape(text):
 
 
 def build_file(cxx):
-    """The text of build.ninja: per instruction set one bindings object, one object per storage type, one module."""
+    """The text of build.ninja: per instruction set one bindings object, two objects per storage type, one module."""
     import pybind11
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -101,12 +102,12 @@ def build_file(cxx):
     for isa in instruction_sets():
         extra = f"{INSTRUCTION_SETS[isa]} -DGK_MODULE=_cpu_{isa}"
         objects = [compile_to(f"{isa}/bindings.o", "csrc/bindings.cpp", f"{extra} $python", f"bindings ({isa})")]
-        for storage in STORAGE:
-            what = f"recurrent ({isa}, {storage})"
+        for unit, storage in itertools.product(("recurrent", "layers"), STORAGE):
             # Only the bindings see Python's and pybind11's headers: pip's throw-away copies of those must not
             # make the kernels compile again.
             define = f"{extra} -DGK_STORAGE={storage}"
-            objects.append(compile_to(f"{isa}/{storage}.o", "csrc/cpu/recurrent.cpp", define, what))
+            name, what = f"{isa}/{unit}-{storage}.o", f"{unit} ({isa}, {storage})"
+            objects.append(compile_to(name, f"csrc/cpu/{unit}.cpp", define, what))
         lines.append(f"build _cpu_{isa}{suffix}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

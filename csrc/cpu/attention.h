@@ -187,7 +187,4 @@ private:
   }
 };
 
-template <class T, class P> void attention_forward(const AttentionForwardArgs &);
-template <class T, class P> void attention_backward(const AttentionBackwardArgs &);
-
 } // namespace gk

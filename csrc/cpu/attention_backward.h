@@ -265,6 +265,4 @@ public:
   }
 };
 
-template <class T, class P> void attention_backward(const AttentionBackwardArgs &q) { AttentionBackward<T, P>{q}(); }
-
 } // namespace gk

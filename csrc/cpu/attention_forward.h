@@ -159,6 +159,4 @@ public:
   }
 };
 
-template <class T, class P> void attention_forward(const AttentionForwardArgs &q) { AttentionForward<T, P>{q}(); }
-
 } // namespace gk

@@ -7,16 +7,6 @@
 
 namespace gk {
 
-// Panels are of the type that sums are made of: the storage type itself where a machine can, else what it is computed
-// in.
-template <class T, class F> static void with_panels(F f) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, bfloat16>)
-    if (has_bf16_dots()) return f(bfloat16{});
-#endif
-  f(Real<T>{});
-}
-
 template <class T> void Recurrent<T>::forward(const std::string &cell, const ForwardArgs &q) {
   with_cell(cell, [&](auto c) { with_panels<T>([&](auto p) { recurrent_forward<decltype(c), T, decltype(p)>(q); }); });
 }

@@ -1,16 +1,19 @@
 """Where a kernel can run, and which backend takes a call.
 
-A backend is a module with `forward`, `backward` and `why_not`; `reference.py` says what they take and return.
+A backend is a module with `forward`, `backward` and `why_not`; `reference` says what they take and return.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradkernels.cells import CELLS, Cell
 
@@ -69,6 +72,37 @@ def _why_not(name: str, cell: Cell, dtype: torch.dtype, device: torch.device) ->
     return module.why_not(cell, dtype, device)
 
 
+def choose_for(
+    op: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Sequence[torch.Tensor | None],
+    options: Mapping[str, Any],
+) -> ModuleType:
+    """The module of one operation that runs this call: that of the backend named, or of the best that can.
+
+    Its `why_not(dtype, device, *tensors, **options)` is asked every time, since it may look at shapes.
+
+    ValueError for an unknown name; RuntimeError, with the reason, when the backend that was named cannot run this call."""
+    for name in (backend,) if backend else (*_PREFERRED.get(device.type, _ELSEWHERE), "reference"):
+        module, reason = _op_module(name, op)
+        if module is not None:
+            reason = module.why_not(dtype, device, *tensors, **options)
+            if reason is None:
+                ran(module)
+                return module
+    raise RuntimeError(f"backend {backend!r} cannot run {op} in {dtype} on {device}: {reason}")
+
+
+@functools.cache
+def _op_module(name: str, op: str) -> tuple[ModuleType | None, str]:
+    package = load(name).__name__
+    if importlib.util.find_spec(f"{package}.{op}") is None:
+        return None, f"it has no kernels for {op}"
+    return importlib.import_module(f"{package}.{op}"), ""
+
+
 def ran(module: ModuleType) -> None:
     """Note that this backend runs the call at hand."""
     _thread.last = module.__name__
@@ -77,7 +111,7 @@ def ran(module: ModuleType) -> None:
 def last() -> str | None:
     """Name of the backend that ran last in this thread; None before the first call."""
     name = getattr(_thread, "last", None)
-    return None if name is None else name.rpartition(".")[2]
+    return None if name is None else name.removeprefix(f"{__name__}.").partition(".")[0]
 
 
 class _Callable(ModuleType):

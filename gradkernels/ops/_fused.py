@@ -1,0 +1,330 @@
+"""The route of an operation that has a kernel for forward, a kernel for backward, and a definition in torch operations.
+
+Eager code goes through an autograd Function, with forward mode and vmap; compiled and exported code through the operators
+themselves, which have a derivative of their own. First derivatives are the backward kernel; everything beyond comes from the
+definition, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+from gradkernels import backends
+from gradkernels.ops._recurrent_op import direct
+
+lib = torch.library.Library("gradkernels", "FRAGMENT")
+
+
+def nothing(like: Tensor) -> Tensor:
+    """What an operator returns for a result that nobody wants."""
+    return like.new_empty(0)
+
+
+class Fused:
+    """`call(tensors, options, backend)` -> results.
+
+    name: of the operators, `<name>_forward` and `<name>_backward`, and of the module in each backend that has
+        `why_not(dtype, device, *tensors, **options)`, `forward(*tensors, **options) -> (*results, *kept)` and
+        `backward(grads, tensors, outputs, need, **options) -> [gradient of each tensor, None where not needed]`.
+    tensors: names of the inputs that are tensors or None; options: the type of every other one, in the operator's schema.
+    results: names of what a caller gets; kept: of what backward needs besides, which has no derivative.
+    definition: `definition(*tensors, **options) -> results` in differentiable torch operations.
+    fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
+    shared: `shared(options) -> {k: j}`: the gradient of tensor k is that of tensor j.
+    fold: `fold(N, dims, tensors, options) -> (tensors, options, unfold)` makes one call of a vmapped one, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[str],
+        options: Mapping[str, str],
+        results: Sequence[str],
+        kept: Sequence[str],
+        definition: Callable[..., tuple[Tensor, ...]],
+        fake: Callable[..., tuple[Tensor, ...]],
+        shared: Callable[[dict[str, Any]], dict[int, int]] = lambda options: {},
+        fold: Callable[..., Any] | None = None,
+    ):
+        self.name, self.tensors, self.options = name, tuple(tensors), tuple(options)
+        self.results, self.outputs = len(results), len(results) + len(kept)
+        self.definition, self.fake, self.shared, self.fold = definition, fake, shared, fold
+        given = ", ".join(f"Tensor? {t}" for t in tensors)
+        how = ", ".join(f"{kind} {option}" for option, kind in options.items())
+        grads = ", ".join(f"Tensor? d_{r}" for r in results)
+        after = ", ".join(f"Tensor {o}_" for o in (*results, *kept))
+        many = lambda n: f"({', '.join(['Tensor'] * n)})"
+        tags = (torch.Tag.pt2_compliant_tag,)
+        lib.define(f"{name}_forward({given}, {how}, str? backend) -> {many(self.outputs)}", tags=tags)
+        lib.define(
+            f"{name}_backward({grads}, {given}, {after}, bool[] need, {how}, str? backend) -> {many(len(self.tensors))}",
+            tags=tags,
+        )
+        for part, kernel, empty in (
+            ("forward", self._forward_op, self._forward_fake),
+            ("backward", self._backward_op, self._backward_fake),
+        ):
+            lib.impl(f"{name}_{part}", kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"gradkernels::{name}_{part}", empty, lib=lib)
+        self.forward_op = getattr(torch.ops.gradkernels, f"{name}_forward").default
+        self.backward_op = getattr(torch.ops.gradkernels, f"{name}_backward").default
+        self._exported()
+        self.forward_function, self.backward_function = _functions(self)
+
+    # ---------------------------------------------------------------- one call
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any], backend: str | None):
+        how = tuple(options.values())
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return self.forward_op(*tensors, *how, backend)[: self.results]
+        if torch._C._are_functorch_transforms_active() or differentiable(tensors):
+            return self.forward_function.apply((how, backend), *tensors)[: self.results]
+        return self.run(tensors, how, backend)[: self.results]
+
+    def run(self, tensors, how, backend):
+        """The kernel, past the operator where nobody would notice."""
+        if direct(tensors):
+            return self._forward_op(*tensors, *how, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward_op(*tensors, *how, backend)
+
+    def run_backward(self, grads, tensors, outputs, need, how, backend):
+        if torch.compiler.is_compiling():
+            return self.backward_op(*grads, *tensors, *outputs, need, *how, backend)
+        if direct((*grads, *tensors, *outputs)):
+            return self._backward_op(*grads, *tensors, *outputs, need, *how, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.backward_op(*grads, *tensors, *outputs, need, *how, backend)
+
+    # ---------------------------------------------------------------- the operators
+
+    def _module(self, backend, tensors, options):
+        first = tensors[0]
+        return backends.choose_for(self.name, backend, first.dtype, first.device, tensors, options)
+
+    def _forward_op(self, *args):
+        n = len(self.tensors)
+        tensors, options, backend = args[:n], dict(zip(self.options, args[n:-1])), args[-1]
+        module = self._module(backend, tensors, options)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return module.forward(*tensors, **options)
+
+    def _split(self, args):
+        """Arguments of the backward operator: grads, tensors, outputs, need, options, backend."""
+        a, b, c = self.results, self.results + len(self.tensors), self.results + len(self.tensors) + self.outputs
+        return args[:a], args[a:b], args[b:c], list(args[c]), dict(zip(self.options, args[c + 1 : -1])), args[-1]
+
+    def _backward_op(self, *args):
+        grads, tensors, outputs, need, options, backend = self._split(args)
+        module = self._module(backend, tensors, options)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            got = module.backward(grads, tensors, outputs, need, **options)
+        return tuple(nothing(tensors[0]) if g is None else g for g in got)
+
+    def _forward_fake(self, *args):
+        n = len(self.tensors)
+        return tuple(self.fake(*args[:n], **dict(zip(self.options, args[n:-1]))))
+
+    def _backward_fake(self, *args):
+        _, tensors, _, need, _, _ = self._split(args)
+        return tuple(v.new_empty(v.shape) if wanted else nothing(tensors[0]) for v, wanted in zip(tensors, need))
+
+    def needs(self, wanted: Sequence[bool], options: dict[str, Any]) -> tuple[list[bool], dict[int, int]]:
+        """What the backward kernel is asked for, and which gradients are then another's too."""
+        need, same = list(wanted), self.shared(options)
+        for k, j in same.items():
+            need[j], need[k] = need[j] or need[k], False
+        return need, same
+
+    def gradients(self, run, wanted, options):
+        """One gradient per tensor, None where not wanted; `run(need)` calls the backward kernel."""
+        need, same = self.needs(wanted, options)
+        got = run(need)
+        return [got[same.get(k, k)] if w else None for k, w in enumerate(wanted)]
+
+    def _exported(self):
+        """Derivatives of the operators themselves, for graphs."""
+        n, r = len(self.tensors), self.results
+
+        def keep_forward(ctx, inputs, output):
+            ctx.how, ctx.backend = inputs[n:-1], inputs[-1]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:n], *output)
+
+        def forward_derivative(ctx, *grads):
+            tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            run = lambda need: self.backward_op(*grads[:r], *tensors, *outputs, need, *ctx.how, ctx.backend)
+            got = self.gradients(run, ctx.needs_input_grad[:n], dict(zip(self.options, ctx.how)))
+            return (*got, *[None] * (len(self.options) + 1))
+
+        def keep_backward(ctx, inputs, output):
+            ctx.need, ctx.how = inputs[r + n + self.outputs], inputs[r + n + self.outputs + 1 : -1]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[: r + n])
+
+        def backward_derivative(ctx, *cotangents):
+            grads, tensors = ctx.saved_tensors[:r], ctx.saved_tensors[r:]
+            got = self.pull_backward(grads, tensors, ctx.need, dict(zip(self.options, ctx.how)), cotangents)
+            return (*got, *[None] * (self.outputs + len(self.options) + 2))
+
+        for part, derivative, keep in (
+            ("forward", forward_derivative, keep_forward),
+            ("backward", backward_derivative, keep_backward),
+        ):
+            name = f"gradkernels::{self.name}_{part}"
+            torch.library.register_autograd(name, derivative, setup_context=keep, lib=lib)
+
+    # ---------------------------------------------------------------- what the definition says
+
+    def defined(self, tensors, options):
+        """The definition as a function of the floating tensors among the inputs, and where those are."""
+        places = [k for k, v in enumerate(tensors) if v is not None and v.is_floating_point()]
+
+        def run(*values):
+            given = list(tensors)
+            for k, v in zip(places, values):
+                given[k] = v
+            return tuple(self.definition(*given, **options))
+
+        return run, places
+
+    def defined_backward(self, grads, tensors, need, options):
+        """The gradients that `need` asks for as a function of the tensors and of the gradients that are there."""
+        run, places = self.defined(tensors, options)
+        there = [k for k, g in enumerate(grads) if g is not None]
+
+        def back(*values):
+            out, pull = torch.func.vjp(run, *values[: len(places)])
+            full = [torch.zeros_like(v) for v in out]
+            for k, g in zip(there, values[len(places) :]):
+                full[k] = g
+            got = dict(zip(places, pull(tuple(full))))
+            return tuple(got[k] for k, wanted in enumerate(need) if wanted)
+
+        values = [*(tensors[k] for k in places), *(grads[k] for k in there)]
+        return back, values, there, places
+
+    def pull_backward(self, grads, tensors, need, options, cotangents):
+        """Gradients of the backward operator with respect to its grads and tensors."""
+        back, values, there, places = self.defined_backward(grads, tensors, need, options)
+        out, pull = torch.func.vjp(back, *values)
+        asked = [c for c, wanted in zip(cotangents, need) if wanted]
+        got = pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(out, asked)))
+        of_tensors, of_grads = dict(zip(places, got)), dict(zip(there, got[len(places) :]))
+        return [*(of_grads.get(k) for k in range(len(grads))), *(of_tensors.get(k) for k in range(len(tensors)))]
+
+
+def differentiable(tensors: Sequence[Tensor | None]) -> bool:
+    """Autograd records what is done with these, or forward mode is on."""
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+        return True
+    return forward_ad._current_level >= 0
+
+
+def push(run, values, tangents):
+    """Forward mode by reverse mode twice: a dual level does not nest."""
+    out, pull = torch.func.vjp(run, *values)
+    _, forward = torch.func.vjp(lambda *u: pull(u), *[torch.zeros_like(v) for v in out])
+    return forward(tuple(torch.zeros_like(v) if t is None else t for v, t in zip(values, tangents)))
+
+
+def primal(v):
+    return v if v is None else forward_ad.unpack_dual(v).primal
+
+
+def each(N, dims, tensors, call):
+    """vmap as one call per element."""
+    outs = [call(*[v.select(d, k) if d is not None else v for v, d in zip(tensors, dims)]) for k in range(N)]
+    return tuple(torch.stack(v) for v in zip(*outs)), (0,) * len(outs[0])
+
+
+def _functions(op: Fused):
+    """The autograd Functions of an operation, forward and backward."""
+    n, r = len(op.tensors), op.results
+
+    class Forward(Function):
+        @staticmethod
+        def forward(how, *tensors):
+            return tuple(op.run(tensors, *how))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.how = inputs[0]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[r:])
+            ctx.save_for_backward(*inputs[1:], *output)
+            ctx.save_for_forward(*inputs[1:])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            how, backend = ctx.how
+            tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            grads = grads[:r]
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+                run = lambda need: Backward.apply((tuple(need), how, backend), *grads, *tensors, *outputs)
+            else:
+                run = lambda need: op.run_backward(grads, tensors, outputs, need, how, backend)
+            return None, *op.gradients(run, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            with forward_ad._set_fwd_grad_enabled(True):  # torch switches it off here: jvp of jvp would be zero
+                tensors = [primal(v) for v in ctx.saved_tensors[:n]]
+                run, places = op.defined(tensors, dict(zip(op.options, ctx.how[0])))
+                out = push(run, [tensors[k] for k in places], [tangents[k] for k in places])
+            return (*out, *[None] * (op.outputs - r))
+
+        @staticmethod
+        def vmap(info, dims, how, *tensors):
+            call = lambda *values: Forward.apply(how, *values)
+            folded = op.fold and op.fold(info.batch_size, dims[1:], tensors, dict(zip(op.options, how[0])))
+            if not folded:
+                return each(info.batch_size, dims[1:], tensors, call)
+            values, unfold = folded
+            return unfold(call(*values))
+
+    class Backward(Function):
+        @staticmethod
+        def forward(how, *tensors):
+            need, options, backend = how
+            return tuple(
+                op.run_backward(tensors[:r], tensors[r : r + n], tensors[r + n :], list(need), options, backend)
+            )
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.how = inputs[0]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[1 : 1 + r + n])
+            ctx.save_for_forward(*inputs[1 : 1 + r + n])
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            need, how, _ = ctx.how
+            grads, tensors = ctx.saved_tensors[:r], ctx.saved_tensors[r:]
+            got = op.pull_backward(grads, tensors, need, dict(zip(op.options, how)), cotangents)
+            return (None, *got, *[None] * op.outputs)
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            need, how, _ = ctx.how
+            with forward_ad._set_fwd_grad_enabled(True):
+                saved = [primal(v) for v in ctx.saved_tensors]
+                back, values, there, places = op.defined_backward(
+                    saved[:r], saved[r:], need, dict(zip(op.options, how))
+                )
+                moving = [tangents[r + k] for k in places] + [tangents[k] for k in there]
+                out = iter(push(back, values, moving))
+            return tuple(next(out) if wanted else nothing(saved[r]) for wanted in need)
+
+        @staticmethod
+        def vmap(info, dims, how, *tensors):
+            return each(info.batch_size, dims[1:], tensors, lambda *values: Backward.apply(how, *values))
+
+    return Forward, Backward
