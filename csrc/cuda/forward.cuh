@@ -50,7 +50,8 @@ private:
 
   float bias[DIRECT ? OCTETS : SLOTS][G], s[SLOTS][2][S];
   X x[SLOTS][2][G];
-  int row0; // of the tile
+  int row0;                                // of the tile
+  int column[DIRECT ? N_TILES : SLOTS][2]; // where rows stand in the batch
 
   // Asked for two steps ahead, so that nobody waits for it; hence nothing is made of it here.
   struct Step {
@@ -74,6 +75,9 @@ private:
   GK_DEVICE int unit(int slot) const { return unit0 + item(slot) / N_TILES * 8 + lane() / 4; }
   GK_DEVICE int row(int slot, int j) const { return row0 + n_tile(slot) * 8 + lane() % 4 * 2 + j; }
 
+  // Only for rows that there are.
+  GK_DEVICE int column_of(int slot, int j) const { return column[DIRECT ? slot % N_TILES : slot][j]; }
+
   GK_DEVICE Near operand() const { return {shared() + AT_OPERAND + turn % OPERANDS * Near::BYTES}; }
   GK_DEVICE Far far() const { return {exchange_memory + turn % 2 * Far::BYTES}; }
   GK_DEVICE static Signal *signal(int i) { return reinterpret_cast<Signal *>(shared() + AT_SIGNALS) + i; }
@@ -85,14 +89,13 @@ private:
     const bool there = i >= 0 && i < p.walk.T;
     return {p.walk.rows_at(i), there && p.walk.first ? p.walk.first[t] : t};
   }
-  GK_DEVICE int64 token(const Step &step, int b) const {
-    return (p.walk.first ? step.start : int64(step.start) * p.walk.B) + p.walk.column(b);
-  }
+  GK_DEVICE int64 token(const Step &step) const { return p.walk.first ? step.start : int64(step.start) * p.walk.B; }
   GK_DEVICE void ask(const Step &step) {
+    const int64 first_token = token(step);
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int j = 0; j < 2; j++) {
       const bool live = active(slot) && row(slot, j) < step.rows && unit(slot) < p.walk.H;
       const X *from =
-          static_cast<const X *>(p.gates) + (live ? token(step, row(slot, j)) * G * p.walk.H + unit(slot) : 0);
+          static_cast<const X *>(p.gates) + (live ? (first_token + column_of(slot, j)) * G * p.walk.H + unit(slot) : 0);
       GK_UNROLL for (int g = 0; g < G; g++) x[slot][j][g] = live ? from[g * p.walk.H] : X{};
     }
   }
@@ -112,12 +115,10 @@ private:
       }
       cluster_sync(); // from here on neighbours write into this block's memory
     }
-    first.start();
-    if constexpr (Q > 0) second.start();
-
     const int teams = blocks() / p.team.size;
     for (row0 = team * N; row0 < p.walk.B; row0 += teams * N) {
       load_state();
+      if (row0 == team * N) start();
       const Span span = span_of_row(p.walk, row0);
       now = step_at(span.begin), next = step_at(span.begin + 1);
       ask(now);
@@ -131,6 +132,11 @@ private:
     }
     first.finish();
     if constexpr (Q > 0) second.finish();
+  }
+
+  GK_DEVICE void start() {
+    first.start();
+    if constexpr (Q > 0) second.start();
   }
 
   GK_DEVICE void step(int i, bool last) {
@@ -316,9 +322,13 @@ private:
 
   GK_DEVICE void load_state() {
     const int H_ = p.walk.H;
+    GK_UNROLL for (int slot = 0; slot < (DIRECT ? N_TILES : SLOTS); slot++) GK_UNROLL for (int j = 0; j < 2; j++) {
+      const int b = row(slot, j);
+      column[slot][j] = active(slot) && b < p.walk.B ? p.walk.column(b) : 0;
+    }
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int j = 0; j < 2; j++) {
       const bool there = active(slot) && row(slot, j) < p.walk.B && unit(slot) < H_;
-      const int64 at = there ? int64(p.walk.column(row(slot, j))) * H_ + unit(slot) : 0;
+      const int64 at = there ? int64(column_of(slot, j)) * H_ + unit(slot) : 0;
       GK_UNROLL for (int k = 0; k < S; k++) s[slot][j][k] =
           there ? to_float(static_cast<const X *>(p.state[k])[at]) : 0.f;
     }
@@ -343,9 +353,10 @@ private:
 
   GK_DEVICE void save(const X (&acts)[SLOTS][2][A ? A : 1]) const {
     const int H_ = p.walk.H;
+    const int64 first_token = token(now);
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++)
         GK_UNROLL for (int j = 0; j < 2; j++) if (active(slot) && row(slot, j) < now.rows && unit(slot) < H_) {
-      const int64 at = token(now, row(slot, j));
+      const int64 at = first_token + column_of(slot, j);
       GK_UNROLL for (int k = 0; k < S; k++) if (p.seq[k])
           store(static_cast<X *>(p.seq[k])[at * H_ + unit(slot)], s[slot][j][k]);
       if (A > 0 && p.acts)
@@ -357,7 +368,7 @@ private:
   GK_DEVICE void save_state() const {
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++)
         GK_UNROLL for (int j = 0; j < 2; j++) if (active(slot) && row(slot, j) < p.walk.B && unit(slot) < p.walk.H) {
-      const int64 at = int64(p.walk.column(row(slot, j))) * p.walk.H + unit(slot);
+      const int64 at = int64(column_of(slot, j)) * p.walk.H + unit(slot);
       GK_UNROLL for (int k = 0; k < S; k++) store(static_cast<X *>(p.final_state[k])[at], s[slot][j][k]);
     }
   }
