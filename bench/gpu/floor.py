@@ -24,7 +24,7 @@ from gradkernels import cells
 from gradkernels.backends.cuda import costs, plan
 
 NUMBERS = {"bfloat16": "bf16", "float16": "fp16"}
-NOTHING = {"block": 0.0, "chain": 0.0, "l2_latency": 0.0}  # what a floor leaves out
+NOTHING = {"block": 0.0, "gate": 0.0, "chain": 0.0, "l2_latency": 0.0}  # what a floor leaves out
 CHAIN = 4  # dependent products that a step waits for, about
 
 

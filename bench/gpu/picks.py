@@ -4,6 +4,7 @@ ours:backend=triton                      another backend
 ours:kind=step                           a kernel for every step
 ours:exchange=grid                       the best of one kind of exchange: cluster | grid
 ours:exchange=cluster,C=8,N=16,WM=4      and the best of those with these sizes (fields of Variant, and `team`)
+ours:forward.C=8,backward.C=16           each for one direction in time
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def planned(pick: str, machine: Any, cell: Any, number: str, H: int, B: int, whi
     """As plan.plan, but of what the pick leaves. RuntimeError, with what was refused and why, where that is nothing."""
     from gradkernels.backends.cuda import costs, plan
 
-    asked = parsed(pick)
+    asked = {
+        name.removeprefix(f"{which}."): value
+        for name, value in parsed(pick).items()
+        if "." not in name or name.startswith(f"{which}.")
+    }
     if asked.get("kind") == "step":
         return plan.Plan("step", None, 0, 0, "asked for", (), math.inf)
     every = plan._forms

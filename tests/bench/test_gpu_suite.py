@@ -171,6 +171,8 @@ def test_picks_leave_the_planner_as_it_was(twin):  # noqa: F811
     for pick, kind in (("exchange=cluster,C=2", "cluster"), ("kind=step", "step")):
         found = picks.planned(pick, twin, cells.get("gru"), "bf16", 24, 3, "forward")
         assert found.kind == kind and (kind == "step" or found.variant.C == found.team == 2)
+    both = [picks.planned("forward.C=2,backward.C=1", twin, cells.get("gru"), "bf16", 24, 3, w) for w in plan.WALKS]
+    assert [p.variant.C for p in both] == [2, 1]
     with pytest.raises(RuntimeError, match="no plan with N=7"):
         picks.planned("N=7", twin, cells.get("gru"), "bf16", 24, 3, "forward")
     assert before == (plan.plan, plan._forms, plan._candidates, costs.step)
