@@ -1,23 +1,54 @@
-"""Every test of a kernel takes `backend` and runs on each backend that can run here."""
+"""Every test of a kernel takes `backend` and runs on each backend that can run here, on each device; see place.py.
 
-import os
+Marks: `gpu` is set where the device is one; `cpu` keeps a test on the CPU; `float64` leaves out backends that do not compute in
+it, as does a parameter torch.float64. Where there is no GPU there are no tests of one, rather than skipped ones.
+"""
 
 import pytest
 import torch
 
-from gradkernels.backends import NAMES, backends
+from gradkernels.backends import backends, choose
+from gradkernels.cells import CELLS
+from tests import place
 
-TABLE = backends()
-# CI builds the compiled backends: there their absence is a failure, not fewer tests.
-REQUIRED = os.environ.get("GRADKERNELS_REQUIRE_COMPILED") == "1"
+collect_ignore = [] if place.GPU else ["nn/test_gpu.py"]
 
 
-@pytest.fixture(params=[n for n in NAMES if REQUIRED or TABLE[n] is None])
+def pytest_collection_modifyitems(config, items):
+    """What is about the CPU runs there, and what a backend does not compute is no test of it."""
+
+    def wanted(item):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        name, where = None, given.get("best", place.CPU)
+        if isinstance(given.get("backend"), tuple):
+            name, where = given["backend"]
+        if item.get_closest_marker("cpu") and where is not place.CPU:
+            return False
+        wide = item.get_closest_marker("float64") or torch.float64 in given.values()
+        return not (wide and name and place.why_not(name, where, torch.float64))
+
+    every = list(items)
+    items[:] = filter(wanted, every)
+    if left_out := set(every) - set(items):
+        config.hook.pytest_deselected(items=list(left_out))
+
+
+@pytest.fixture(params=[place.param(where, (name, where), name) for name, where in place.places()])
 def backend(request):
     """Name of a backend; `gradkernels.backends.last()` tells which one really ran."""
-    if TABLE[request.param] is not None:
-        pytest.fail(f"GRADKERNELS_REQUIRE_COMPILED=1, but {request.param} cannot run: {TABLE[request.param]}")
-    return request.param
+    name, where = request.param
+    reason = place.why_not(name, where)
+    if reason is not None:
+        pytest.fail(f"GRADKERNELS_REQUIRE_COMPILED=1, but {name} cannot run: {reason}")
+    with place.at(where):
+        yield name
+
+
+@pytest.fixture(params=[place.param(where, where, "best") for where in (place.CPU, place.GPU) if where is not None])
+def best(request):
+    """The backend that is taken when none is named: what a graph holds is an operator, whichever backend that runs."""
+    with place.at(request.param):
+        yield choose(None, CELLS["lstm"], torch.float32, request.param).__name__.rpartition(".")[2]
 
 
 @pytest.fixture(autouse=True)
@@ -26,4 +57,4 @@ def seed():
 
 
 def pytest_report_header():
-    return [f"backend {name}: {'runs' if reason is None else reason}" for name, reason in TABLE.items()]
+    return [f"backend {name}: {'runs' if reason is None else reason}" for name, reason in backends().items()]

@@ -52,7 +52,7 @@ class Loop(nn.Module):
         S = STEPS[self.cell][1] if self.cell in STEPS else 1
         x = x.transpose(0, 1) if self.batch_first else x
         T, B = x.shape[:2]
-        lengths = torch.full((B,), T) if lengths is None else lengths
+        lengths = (torch.full((B,), T) if lengths is None else lengths).to(x.device)
         directions, last, k = ("", "_reverse")[: 1 + self.bidirectional], [], 0
         for layer in range(self.num_layers):
             x = F.dropout(x, self.dropout, self.training) if layer and self.dropout else x

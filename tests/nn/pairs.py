@@ -5,12 +5,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
+from tests import place
 
 
 def pair(kind, backend, *args, dtype=None, **kwargs):
     torch.manual_seed(0)
-    theirs = getattr(nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype)
-    ours = getattr(gk.nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype, backend=backend)
+    theirs = getattr(nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype).to(place.device)
+    ours = getattr(gk.nn, kind)(*(args or (3, 5)), **kwargs, dtype=dtype, backend=backend).to(place.device)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 

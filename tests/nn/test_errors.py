@@ -6,6 +6,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import gradkernels as gk
 
+pytestmark = pytest.mark.cpu  # checks are of Python, and the same everywhere
 LAYERS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
 
 

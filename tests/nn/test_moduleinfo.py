@@ -16,6 +16,7 @@ from torch.testing._internal.common_utils import freeze_rng_state, noncontiguous
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,14 +27,14 @@ INFOS = {kind: next(i for i in module_db if i.module_cls is getattr(torch.nn, ki
 def inputs(kind, dtype, training):
     torch.manual_seed(0)
     info = INFOS[kind]
-    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    return info.module_inputs_func(info, device=place.device, dtype=dtype, requires_grad=True, training=training)
 
 
 def twins(kind, case, dtype, training, backend):
     """torch's layer and ours with the same weights."""
     c = case.constructor_input
-    theirs = getattr(torch.nn, kind)(*c.args, **c.kwargs, dtype=dtype).train(training)
-    ours = getattr(gk.nn, kind)(*c.args, **c.kwargs, dtype=dtype, backend=backend).train(training)
+    theirs = getattr(torch.nn, kind)(*c.args, **c.kwargs, dtype=dtype, device=place.device).train(training)
+    ours = getattr(gk.nn, kind)(*c.args, **c.kwargs, dtype=dtype, device=place.device, backend=backend).train(training)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
 
@@ -96,6 +97,7 @@ def as_function(module, args):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.float64
 def test_gradcheck_and_gradgradcheck(kind, backend):
     checked = 0
     for case in inputs(kind, torch.float64, True)[:: 1 if "Cell" in kind else 5]:
@@ -119,7 +121,7 @@ def test_non_contiguous_inputs_and_gradients(kind, backend):
         for form in (lambda v: v.detach().clone(), noncontiguous_like):
             args = tree_map(lambda v, form=form: form(v).detach().requires_grad_(), case.forward_input.args)
             outs = tensors(ours(*args))
-            grads = [form(torch.linspace(-1, 1, v.numel()).view_as(v).clone()) for v in outs]
+            grads = [form(torch.linspace(-1, 1, v.numel(), device=v.device).view_as(v).clone()) for v in outs]
             ours.zero_grad()
             torch.autograd.backward(outs, grads)
             results.append([*outs, *(v.grad for v in tree_leaves(args)), *(p.grad for p in ours.parameters())])
@@ -142,6 +144,7 @@ def test_repr_pickle_and_deepcopy(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpu
 def test_error_inputs(kind, backend):
     info = INFOS[kind]
     cases = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)

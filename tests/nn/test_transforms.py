@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.nn.loop import Loop
 from tests.nn.pairs import close, pair, tensors
@@ -23,6 +24,15 @@ KINDS = ("LSTM", "GRU", "RNN")
 X = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def input_there(request, monkeypatch):
+    """X where the test computes."""
+    for name in ("backend", "best"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+    monkeypatch.setitem(globals(), "X", X.to(place.device))
+
+
 def total(tree):
     return sum((k + 1) * v.square().sum() for k, v in enumerate(tensors(tree)) if v.is_floating_point())
 
@@ -30,12 +40,6 @@ def total(tree):
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
-
-
-@pytest.fixture
-def best():
-    """The backend that is taken when none is named: what a graph holds is an operator, whichever backend that runs."""
-    return "cpu" if gk.backends()["cpu"] is None else "reference"
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,7 @@ def test_compile_one_graph_for_every_shape(kind, how, best):
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     f = torch.compile(ours, fullgraph=True, backend=count, dynamic=True if how == "dynamic" else None)
     for T, B in ((6, 4), (9, 4), (9, 7), (2, 2), (13, 3)):
-        z = torch.randn(T, B, 3, requires_grad=True)
+        z = place.randn(T, B, 3, requires_grad=True)
         if how == "marked":
             torch._dynamo.mark_dynamic(z, 0), torch._dynamo.mark_dynamic(z, 1)
         out = f(z)
@@ -82,7 +86,7 @@ def test_compile_one_graph_for_every_shape(kind, how, best):
 
 def test_compile_hx_unbatched_no_grad_frozen_eval(kind, best):
     ours, theirs = pair(kind, best, 3, 5, num_layers=2, batch_first=True)
-    h = torch.randn(2, 6, 5)
+    h = place.randn(2, 6, 5)
     hx = (h, h + 1) if kind == "LSTM" else h
     f = compiled(ours)
     close(f(X, hx), theirs(X, hx))
@@ -123,7 +127,7 @@ def test_compile_cells(best):
 
 
 def test_compile_recompiles_after_convert(best):
-    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 5))
+    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 5)).to(place.device)
     f = torch.compile(model, backend="aot_eager")
     before = f(X)
     assert gk.convert(f) is f and type(f._orig_mod[1]) is gk.nn.LSTM
@@ -137,7 +141,7 @@ def test_export_with_dynamic_steps_and_batch(kind, best):
     ours, theirs = pair(kind, best, 3, 5, num_layers=2, bidirectional=True)
     sizes = ({0: Dim("T", min=1, max=4096), 1: Dim("B", min=1, max=4096)},)
     program = export(ours, (X,), dynamic_shapes=sizes)
-    z = torch.randn(13, 3, 3)
+    z = place.randn(13, 3, 3)
     close(program.module()(z), theirs(z))
     close(program.module()(z[:1, :1]), theirs(z[:1, :1]))
     buffer = io.BytesIO()
@@ -148,7 +152,7 @@ def test_export_with_dynamic_steps_and_batch(kind, best):
 
 def test_export_strict_still_trains(kind, best):
     ours, theirs = pair(kind, best)
-    z = torch.randn(13, 3, 3)
+    z = place.randn(13, 3, 3)
     module = export(ours, (X,), strict=True, dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)).module()
     total(module(z)).backward(), total(theirs(z)).backward()
     want = {n: p.grad for n, p in theirs.named_parameters()}
@@ -175,6 +179,7 @@ def double(kind, backend, *args, **kwargs):
     return ours, theirs, {n: p.detach() for n, p in ours.named_parameters()}, X.double()
 
 
+@pytest.mark.cpu
 def test_func_grad_jvp_vmap(kind, backend):
     ours, theirs, P, x = double(kind, backend, 3, 5, num_layers=2)
     loop = lambda m: lambda p, x: total(functional_call(m, p, (x,)))
@@ -190,6 +195,7 @@ def test_func_grad_jvp_vmap(kind, backend):
     close(jvp(lambda p, z: functional_call(ours, p, (z,)), (P, x), (move, v)), want)
 
 
+@pytest.mark.cpu
 def test_func_jacobians_and_hessian(kind, backend):
     ours, theirs, P, x = double(kind, backend)
     x = x[:3, :2]
@@ -202,6 +208,7 @@ def test_func_jacobians_and_hessian(kind, backend):
     close(jacrev(jacrev(lambda z: f(z).sum()))(x), want)
 
 
+@pytest.mark.cpu
 def test_ensemble_of_weights(kind, backend):
     ours, theirs, P, x = double(kind, backend)
     stacked = {n: torch.stack([p, 1.1 * p]) for n, p in P.items()}
@@ -213,6 +220,7 @@ def test_ensemble_of_weights(kind, backend):
 # ---------------------------------------------------------------- autograd
 
 
+@pytest.mark.cpu
 def test_double_backward(kind, backend):
     ours, theirs, _, x = double(kind, backend, 3, 5, num_layers=2, bidirectional=True)
     out = []
@@ -239,9 +247,10 @@ def test_checkpoint(kind, reentrant, backend):
     close(train(f, ours, X), train(lambda z: theirs(z)[0], theirs, X))
 
 
+@pytest.mark.cpu
 def test_batched_gradients(kind, backend):
     ours, theirs, _, x = double(kind, backend)
-    grads = torch.randn(3, 6, 4, 5, dtype=torch.double)
+    grads = place.randn(3, 6, 4, 5, dtype=torch.double)
     out = []
     for m in (ours, theirs):
         y = x.clone().requires_grad_()
@@ -259,13 +268,13 @@ def test_batched_gradients(kind, backend):
 
 def test_non_contiguous_input_state_and_gradient(kind, backend):
     ours, theirs = pair(kind, backend)
-    z, h = torch.randn(3, 4, 6).permute(2, 1, 0), torch.randn(5, 4, 1).permute(2, 1, 0)
+    z, h = place.randn(3, 4, 6).permute(2, 1, 0), place.randn(5, 4, 1).permute(2, 1, 0)
     hx = (h, h) if kind == "LSTM" else h
     close(ours(z, hx), theirs(z, hx))
     out = []
     for m in (ours, theirs):
         y = X.clone().requires_grad_()
-        out.append(torch.autograd.grad(m(y)[0], y, torch.ones(()).expand(6, 4, 5)))
+        out.append(torch.autograd.grad(m(y)[0], y, place.ones(()).expand(6, 4, 5)))
     close(*out)
 
 
@@ -284,7 +293,7 @@ def test_autocast(kind, backend):
     results = []
     for m in (ours, theirs):
         y = X.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(place.device.type, torch.bfloat16):
             out = m(y)
         m.zero_grad()
         total(out).backward()
@@ -299,7 +308,7 @@ def test_autocast(kind, backend):
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
 def test_autocast_leaves_in_torchs_dtype(name, dtype, state):
     cell = name.endswith("Cell")
-    x = torch.randn(*((2, 3) if cell else (4, 2, 3)), dtype=dtype)
+    x = place.randn(*((2, 3) if cell else (4, 2, 3)), dtype=dtype)
     h = None if state is None else torch.zeros(*((2, 5) if cell else (1, 2, 5)), dtype=state)
     hx = (h, h) if name.startswith("LSTM") and h is not None else h
     with torch.autocast("cpu", torch.bfloat16):
@@ -322,6 +331,7 @@ def test_saved_tensors_hooks_and_inference_mode(kind, backend):
 
 
 @pytest.mark.parametrize("name", ("weight_norm", "orthogonal", "spectral_norm"))
+@pytest.mark.cpu
 def test_parametrizations(kind, name, backend):
     ours = getattr(parametrizations, name)(pair(kind, backend)[0], "weight_hh_l0").eval()
     out = ours(X)
@@ -329,7 +339,7 @@ def test_parametrizations(kind, name, backend):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ours.parameters())
     close(copy.deepcopy(ours)(X), out)
     close(compiled(ours)(X), out)
-    plain = getattr(nn, kind)(3, 5)
+    plain = getattr(nn, kind)(3, 5).to(place.device)
     with torch.no_grad():
         for n, p in plain.named_parameters():
             p.copy_(getattr(ours, n))
@@ -372,7 +382,7 @@ def test_functional_call_sees_the_weights_it_is_given(kind, backend):
 def test_copies(kind, backend):
     ours, _ = pair(kind, backend, 3, 5, num_layers=2, bidirectional=True)
     S = gk.cells.CELLS[ours.cell].S
-    ours.probes = [torch.zeros(8, S + 1, dtype=torch.double, requires_grad=True) for _ in range(4)]
+    ours.probes = [place.zeros(8, S + 1, dtype=torch.double, requires_grad=True) for _ in range(4)]
     want = ours(X)
     buffer = io.BytesIO()
     torch.save(ours, buffer)
@@ -386,15 +396,16 @@ def test_copies(kind, backend):
 
 def test_meta_device_and_assign(kind, backend):
     meta = getattr(gk.nn, kind)(3, 5, device="meta", backend=backend)
-    assert meta(torch.randn(6, 4, 3, device="meta"))[0].shape == (6, 4, 5)
+    assert meta(torch.empty(6, 4, 3, device="meta"))[0].shape == (6, 4, 5)
     _, theirs = pair(kind, backend)
     meta.load_state_dict(theirs.state_dict(), assign=True)
     close(meta(X), theirs(X))
-    empty = getattr(gk.nn, kind)(3, 5, device="meta", backend=backend).to_empty(device="cpu")
+    empty = getattr(gk.nn, kind)(3, 5, device="meta", backend=backend).to_empty(device=place.device)
     empty.load_state_dict(theirs.state_dict())
     close(empty(X), theirs(X))
 
 
+@pytest.mark.cpu
 def test_dtypes_follow_the_module(kind, backend):
     ours, _ = pair(kind, backend)
     for change in ("double", "bfloat16", "half", "float"):
@@ -407,12 +418,13 @@ def test_dtypes_follow_the_module(kind, backend):
         ours.zero_grad()
 
 
+@pytest.mark.cpu
 def test_default_dtype_and_device_context(kind, backend):
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.double)
         layer = getattr(gk.nn, kind)(3, 5, backend=backend)
-        assert layer(torch.randn(6, 4, 3))[0].dtype is torch.double
+        assert layer(torch.rand(6, 4, 3))[0].dtype is torch.double
     finally:
         torch.set_default_dtype(before)
     with torch.device("meta"):

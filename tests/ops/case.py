@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import gradkernels as gk
+from tests import place
 
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1}
 NAMES = ("x", "weight_ih", "bias_ih", "weight_hh", "bias_hh", "weight_hr")
@@ -54,6 +55,7 @@ STEPS = {
 def loop(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, lengths, reverse):
     """x [T, B, I] -> state sequences, final states."""
     T, sequences, s = x.shape[0], [[None] * x.shape[0] for _ in state], tuple(state)
+    lengths = lengths.to(x.device)
 
     def product(v, rows=slice(None)):
         return F.linear(v, w_hh[rows], None if b_hh is None else b_hh[rows])
@@ -91,7 +93,7 @@ class Case:
 
     @property
     def lengths(self):
-        """Steps of each row, in the order in which the layout wants its rows."""
+        """Steps of each row, in the order in which the layout wants its rows; on the CPU."""
         if self.layout == "dense":
             return torch.full((self.B,), self.T)
         n = torch.linspace(self.T, 0 if self.layout == "lengths" else 1, self.B).round().long()
@@ -104,7 +106,7 @@ class Case:
     @property
     def rows(self):
         """Where packed rows are in a padded batch, [N] of T*B."""
-        return (torch.arange(self.T).unsqueeze(1) < self.lengths).flatten().nonzero().squeeze(1)
+        return (torch.arange(self.T).unsqueeze(1) < self.lengths).flatten().nonzero().squeeze(1).to(place.device)
 
     @property
     def names(self):
@@ -121,7 +123,7 @@ class Case:
         def new(*shape, bound=None):
             v = torch.randn(*shape, generator=generator, dtype=torch.double)
             v = v if bound is None else (torch.rand(*shape, generator=generator, dtype=torch.double) * 2 - 1) * bound
-            return v.to(dtype).requires_grad_(requires_grad)
+            return v.to(place.device, dtype).requires_grad_(requires_grad)
 
         bound, I = self.scale * self.H**-0.5, G * self.H if self.gates else self.I
         out = {"x": new(self.T, self.B, I) if self.layout != "packed" else new(int(self.batch_sizes.sum()), I)}
@@ -146,7 +148,7 @@ class Case:
         if self.layout == "packed":
             kwargs["batch_sizes"] = self.batch_sizes
         if self.layout == "lengths":
-            kwargs["lengths"] = self.lengths
+            kwargs["lengths"] = self.lengths.to(place.device)
 
         def f(*values):
             given = dict(zip(names, values))
@@ -186,7 +188,7 @@ def gradients(function, tensors, cotangents):
 
 def cotangents(outputs, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(v.shape, generator=generator, dtype=torch.double) for v in outputs]
+    return [torch.randn(v.shape, generator=generator, dtype=torch.double).to(v.device) for v in outputs]
 
 
 # One of everything, small: for tests that are expensive by themselves.

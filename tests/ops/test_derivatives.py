@@ -7,6 +7,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, SMALL, Case, cotangents, gradients
 
@@ -24,12 +25,14 @@ def exact(ours, theirs):
 
 
 @every_small
+@pytest.mark.float64
 def test_gradcheck(case, backend):
     f, t = case.call(backend), tuple(case.tensors().values())
     assert gradcheck(f, t, check_forward_ad=True, check_batched_grad=True)
 
 
 @every_small
+@pytest.mark.float64
 def test_gradgradcheck(case, backend):
     f, t = case.call(backend), tuple(case.tensors().values())
     assert gradgradcheck(f, t, fast_mode=True, check_batched_grad=True)
@@ -39,11 +42,13 @@ def test_gradgradcheck(case, backend):
 
 
 @pytest.mark.parametrize("case", [Case(cell, T=2, B=1, I=1, H=2) for cell in CELLS], ids=str)
+@pytest.mark.float64
 def test_gradgradcheck_every_element(case, backend):
     assert gradgradcheck(case.call(backend), tuple(case.tensors().values()))
 
 
 @every_small
+@pytest.mark.float64
 def test_third_order(case, backend):
     def orders(function):
         t = list(case.tensors().values())
@@ -55,6 +60,7 @@ def test_third_order(case, backend):
 
 
 @every_small
+@pytest.mark.float64
 def test_jvp_of_jvp(case, backend):
     """torch switches forward mode off inside a Function's jvp, so that this would silently be zero."""
     t = case.tensors(requires_grad=False)
@@ -70,6 +76,7 @@ def test_jvp_of_jvp(case, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.float64
 def test_dual_tensors(cell, backend):
     case = Case(cell)
     t = case.tensors(requires_grad=False)
@@ -84,6 +91,7 @@ def test_dual_tensors(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.float64
 def test_forward_mode_over_backward_without_a_graph(cell, backend):
     """The backward runs with grad mode off and still carries tangents."""
     case = Case(cell, T=3)
@@ -100,6 +108,7 @@ def test_forward_mode_over_backward_without_a_graph(cell, backend):
 
 
 @every_small
+@pytest.mark.float64
 def test_jacobian_vectorized(case, backend):
     x, *rest = case.tensors(requires_grad=False).values()
 
@@ -109,10 +118,11 @@ def test_jacobian_vectorized(case, backend):
     exact(*(torch.autograd.functional.jacobian(f, x, vectorize=v) for v in (True, False)))
 
 
+@pytest.mark.float64
 def test_is_grads_batched_over_saved_states(backend):
     """Batched cotangents of every output, and a graph of the batched gradients themselves."""
     case = Case("lstm", T=3, B=2, H=3, R=2)
-    many = [torch.randn(4, *o.shape, dtype=torch.double) for o in case.call(backend)(*case.tensors().values())]
+    many = [place.randn(4, *o.shape, dtype=torch.double) for o in case.call(backend)(*case.tensors().values())]
 
     def both(function):
         t = list(case.tensors().values())
@@ -139,6 +149,7 @@ def test_accumulation_into_grad(case, backend):
     assert all(torch.equal(2 * g, v.grad) for g, v in zip(once, t.values()))
 
 
+@pytest.mark.float64
 def test_one_tensor_as_two_states(backend):
     case = Case("lstm")
     *t, h, _ = case.tensors().values()
@@ -150,6 +161,7 @@ def test_one_tensor_as_two_states(backend):
     exact(orders(case.call(backend)), orders(case.loop()))
 
 
+@pytest.mark.float64
 def test_one_tensor_as_both_weights(backend):
     case = Case("rnn_tanh", I=6)
     t = case.tensors()
@@ -188,6 +200,7 @@ def test_only_some_tensors_need_a_gradient(wanted, layout, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("which", ("first output", "last state", "nothing but a slice"))
+@pytest.mark.float64
 def test_only_some_outputs_are_used(cell, which, backend):
     case = Case(cell)
     pick = {
@@ -237,9 +250,10 @@ def planes(run, T, B, H, parameters):
 
 
 @pytest.mark.parametrize(("kind", "most"), [("LSTM", 7), ("GRU", 6), ("RNN", 2)])
+@pytest.mark.cpu
 def test_planes_kept_for_backward(kind, most, backend):
     T, B, H = 32, 8, 64
-    layer, x = getattr(nn, kind)(H, H), torch.randn(T, B, H, requires_grad=True)
+    layer, x = getattr(nn, kind)(H, H), place.randn(T, B, H, requires_grad=True)
     w_ih, w_hh, b_ih, b_hh = layer.parameters()
     cell = {"RNN": "rnn_tanh"}.get(kind, kind.lower())
     kwargs = {"weight_ih": w_ih, "bias_ih": b_ih, "bias_hh": b_hh, "cell": cell, "backend": backend}
@@ -252,10 +266,12 @@ def test_planes_kept_for_backward(kind, most, backend):
         assert ours <= theirs / 2
 
 
+@pytest.mark.float64
 def test_saved_tensors_may_live_elsewhere(backend):
     case = Case("lstm", R=3, layout="lengths")
     t, f = list(case.tensors().values()), case.call(backend)
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: v.detach().numpy().copy(), torch.from_numpy):
+    there = lambda v: (v.detach().cpu().numpy().copy(), v.device)
+    with torch.autograd.graph.saved_tensors_hooks(there, lambda v: torch.from_numpy(v[0]).to(v[1])):
         out = loss(f)(*t)
     assert all(map(torch.equal, torch.autograd.grad(out, t), torch.autograd.grad(loss(f)(*t), t)))
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradkernels as gk
 from gradkernels import backends
 
+pytestmark = pytest.mark.cpu  # checks are of Python, and the same everywhere
 FORWARD = torch.ops.gradkernels.recurrent_forward.default
 BACKWARD = torch.ops.gradkernels.recurrent_backward.default
 Z = torch.zeros

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, Case
 
@@ -34,11 +35,12 @@ def same(case, backend, transform, *args):
 def setup(case, N=3):
     """tensors, their numbers, N inputs, and in_dims that map the input alone."""
     t = list(case.tensors(requires_grad=False).values())
-    X = torch.randn(N, *t[0].shape, dtype=torch.double)
+    X = place.randn(N, *t[0].shape, dtype=torch.double)
     return t, tuple(range(len(t))), X, (0, *[None] * (len(t) - 1))
 
 
 @every
+@pytest.mark.float64
 def test_grad_and_vjp(case, backend):
     t, n, *_ = setup(case)
     same(case, backend, lambda f: grad(loss(f), n), *t)
@@ -46,6 +48,7 @@ def test_grad_and_vjp(case, backend):
 
 
 @every
+@pytest.mark.float64
 def test_vmap(case, backend):
     t, n, X, dims = setup(case)
     same(case, backend, lambda f: vmap(f, dims), X, *t[1:])
@@ -55,12 +58,14 @@ def test_vmap(case, backend):
 
 
 @every
+@pytest.mark.float64
 def test_per_sample_gradients_of_every_parameter(case, backend):
     t, n, X, dims = setup(case)
     same(case, backend, lambda f: vmap(grad(loss(f), n), dims), X, *t[1:])
 
 
 @every
+@pytest.mark.float64
 def test_vmap_over_states_alone(case, backend):
     t, n, _, _ = setup(case)
     dims = tuple(0 if k.startswith("state") else None for k in case.names)
@@ -69,6 +74,7 @@ def test_vmap_over_states_alone(case, backend):
 
 
 @every
+@pytest.mark.float64
 def test_ensemble_of_weights(case, backend):
     t, n, *_ = setup(case)
     stacked = [torch.stack([v, v * 1.1]) for v in t]
@@ -77,6 +83,7 @@ def test_ensemble_of_weights(case, backend):
 
 
 @every
+@pytest.mark.float64
 def test_forward_mode(case, backend):
     t, _, X, _ = setup(case)
     V = tuple(torch.randn_like(v) for v in t)
@@ -86,6 +93,7 @@ def test_forward_mode(case, backend):
 
 
 @every
+@pytest.mark.float64
 def test_jacobians(case, backend):
     t, n, *_ = setup(case)
     same(case, backend, lambda f: jacrev(f, n), *t)
@@ -98,6 +106,7 @@ ORDERS |= {"reverse over forward": (jacrev, jacfwd), "forward over forward": (ja
 
 @few
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.float64
 def test_hessian(case, order, backend):
     outer, inner = ORDERS[order]
     t, *_ = setup(case)
@@ -108,6 +117,7 @@ def test_hessian(case, order, backend):
 
 
 @few
+@pytest.mark.float64
 def test_vmap_of_hessian_and_third_order(case, backend):
     t, _, X, _ = setup(case, N=2)
     same(case, backend, lambda f: vmap(hessian(lambda x: loss(f)(x, *t[1:]))), X)
@@ -121,6 +131,7 @@ def test_vmap_of_hessian_and_third_order(case, backend):
     same(case, backend, third, t[0])
 
 
+@pytest.mark.float64
 def test_lengths_may_be_mapped(backend):
     """Each element of the mapped dimension has its own lengths: one call each."""
     case = Case("lstm", T=4, B=3)
@@ -131,6 +142,7 @@ def test_lengths_may_be_mapped(backend):
     assert all(torch.equal(g, torch.stack(w)) for g, w in zip(got, zip(*want)))
 
 
+@pytest.mark.float64
 def test_what_a_row_hides_stays_hidden_under_vmap(backend):
     """NaN beyond a row's end meets zero gradients in the batched weight gradients."""
     case = Case("gru", T=4, B=3, layout="lengths")

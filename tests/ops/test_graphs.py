@@ -12,6 +12,7 @@ from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, Case, cotangents, gradients
 
@@ -79,7 +80,7 @@ def test_dynamic_shapes(cell, how, backend):
 
     g = torch.compile(f, fullgraph=True, backend=counter, dynamic=True if how == "dynamic=True" else None)
     for T, B in SHAPES:
-        x = torch.randn(T, B, 4, requires_grad=True)
+        x = place.randn(T, B, 4, requires_grad=True)
         if how == "mark_dynamic":
             torch._dynamo.mark_dynamic(x, 0), torch._dynamo.mark_dynamic(x, 1)
         y, want = g(x), f(x)
@@ -98,7 +99,7 @@ def test_dynamic_lengths(backend):
 
     g = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
     for T, B in SHAPES:
-        x, n = torch.randn(T, B, 4, requires_grad=True), torch.randint(0, T + 1, (B,))
+        x, n = place.randn(T, B, 4, requires_grad=True), place.randint(0, T + 1, (B,))
         y, want = g(x, n), f(x, n)
         assert torch.equal(*(torch.autograd.grad(v.square().sum(), x)[0] for v in (y, want)))
     assert counter.frame_count == 1
@@ -114,7 +115,7 @@ def test_probe_in_a_graph(backend):
         return gk.ops.recurrent(x, w_hh, state, **kwargs)[0].square().sum()
 
     for g in (f, compiled(f)):
-        probe = torch.zeros(8, 3, dtype=torch.double, requires_grad=True)
+        probe = place.zeros(8, 3, dtype=torch.double, requires_grad=True)
         g(x, probe).backward()
         grads.append(probe.grad)
     assert torch.equal(*grads) and grads[0][:5].abs().sum() > 0
@@ -123,7 +124,7 @@ def test_probe_in_a_graph(backend):
 def test_autocast_in_a_graph(backend):
     case = Case("lstm")
     f, t = case.call(backend), case.tensors(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place.device.type, torch.bfloat16):
         got, want = compiled(f)(*t.values()), f(*t.values())
     assert all(map(torch.equal, got, want)) and got[0].dtype == torch.bfloat16
     got[0].float().sum().backward()
@@ -191,7 +192,7 @@ SIZES = {0: Dim("T", min=1, max=4096), 1: Dim("B", min=1, max=4096)}
 @pytest.mark.parametrize("case", EXPORTED, ids=str)
 def test_export(case, strict, backend):
     """Dynamic T and B, down to 1; the exported module trains, and survives being written to a file."""
-    layer, x = Layer(case, backend), torch.randn(6, 4, 4)
+    layer, x = Layer(case, backend), place.randn(6, 4, 4)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if strict else SIZES
     program = export(layer, (x,), dynamic_shapes=(sizes,), strict=strict)
     file = io.BytesIO()
@@ -199,9 +200,9 @@ def test_export(case, strict, backend):
     file.seek(0)
     for module in (program.module(), torch.export.load(file).module()):
         for T, B in ((13, 3), (2, 2), *(() if strict else ((1, 1),))):
-            z = torch.randn(T, B, 4)
+            z = place.randn(T, B, 4)
             assert torch.equal(module(z)[0], layer(z)[0])
-    trained, z = program.module(), torch.randn(9, 2, 4)
+    trained, z = program.module(), place.randn(9, 2, 4)
     trained(z)[0].square().sum().backward()
     layer(z)[0].square().sum().backward()
     own = dict(layer.named_parameters())
@@ -210,7 +211,7 @@ def test_export(case, strict, backend):
 
 
 def test_export_with_lengths(backend):
-    layer, x, n = Layer(Case("lstm", reverse=True), backend), torch.randn(6, 4, 4), torch.tensor([6, 2, 0, 4])
+    layer, x, n = Layer(Case("lstm", reverse=True), backend), place.randn(6, 4, 4), place.tensor([6, 2, 0, 4])
     program = export(layer, (x, n), dynamic_shapes=(SIZES, {0: SIZES[1]}))
-    z, m = torch.randn(9, 2, 4), torch.tensor([1, 9])
+    z, m = place.randn(9, 2, 4), place.tensor([1, 9])
     assert torch.equal(program.module()(z, m)[0], layer(z, m)[0])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, STEPS, Case
 
@@ -47,7 +48,7 @@ def truth(case):
         return F.linear(v, t["weight_hh"][rows], t["bias_hh"][rows])
 
     for k in reversed(range(case.T)) if case.reverse else range(case.T):
-        live = (k < case.lengths).nonzero().squeeze(1)
+        live = (k < case.lengths).nonzero().squeeze(1).to(place.device)
         gates = F.linear(x[k][live], t["weight_ih"], t["bias_ih"])
         new = STEPS[case.cell](gates, [v[live] for v in state], product)
         new = [F.linear(new[0], t["weight_hr"]) if case.R else new[0], *new[1:]]
@@ -57,25 +58,26 @@ def truth(case):
         y[k], steps[k] = torch.zeros_like(state[0]).index_copy(0, live, new[0]), new
     y = torch.stack(y)
     number(case, y.flatten(0, 1)[case.rows] if case.layout == "packed" else y, state).backward()
-    return torch.tensor([[*(v.grad.square().sum() for v in new), len(new[0])] for new in steps], dtype=torch.double)
+    return place.tensor([[*(v.grad.square().sum() for v in new), len(new[0])] for new in steps], dtype=torch.double)
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_squared_norms_of_every_step(case, backend):
+def test_squared_norms_of_every_step(case, dtype, backend):
     want = truth(case)
-    for dtype in (torch.double, torch.float32):
-        probe = torch.zeros(case.T, want.shape[1], dtype=torch.double, requires_grad=True)
-        number(case, *call(case, case.tensors(dtype), probe, backend)).backward()
-        assert probe.grad.dtype == torch.double
-        assert torch.equal(probe.grad[:, -1], want[:, -1])
-        # measured in double, computed in dtype
-        assert_close_to_truth(probe.grad.to(dtype), want.to(dtype), want, name=str(case))
+    probe = place.zeros(case.T, want.shape[1], dtype=torch.double, requires_grad=True)
+    number(case, *call(case, case.tensors(dtype), probe, backend)).backward()
+    assert probe.grad.dtype == torch.double
+    assert torch.equal(probe.grad[:, -1], want[:, -1])
+    # measured in double, computed in dtype
+    assert_close_to_truth(probe.grad.to(dtype), want.to(dtype), want, name=str(case))
 
 
 @pytest.mark.parametrize("T", (3, 6, 9))
+@pytest.mark.float64
 def test_a_probe_of_another_length(T, backend):
     case = Case("lstm", T=6)
-    exact, other = (torch.zeros(n, 3, dtype=torch.double, requires_grad=True) for n in (6, T))
+    exact, other = (place.zeros(n, 3, dtype=torch.double, requires_grad=True) for n in (6, T))
     for probe in (exact, other):
         number(case, *call(case, case.tensors(), probe, backend)).backward()
     assert torch.equal(other.grad[: min(T, 6)], exact.grad[max(0, 6 - T) :])
@@ -87,8 +89,8 @@ def test_no_probe_changes_nothing(backend):
     grads = []
     for probe in (
         None,
-        torch.zeros(5, 3, dtype=torch.double, requires_grad=True),
-        torch.zeros(5, 3, dtype=torch.double),
+        place.zeros(5, 3, dtype=torch.double, requires_grad=True),
+        place.zeros(5, 3, dtype=torch.double),
     ):
         t = case.tensors(torch.float32)
         number(case, *call(case, t, probe, backend)).backward()
@@ -102,10 +104,11 @@ def flat_call(case, t, probe, backend, x):
     return y, *final
 
 
+@pytest.mark.float64
 def test_squares_add_up(backend):
     """Micro-batches, two calls in one graph, a checkpoint: what autograd adds is what is meant."""
     case = Case("lstm", T=5, B=4)
-    want = torch.zeros(5, 3, dtype=torch.double, requires_grad=True)
+    want = place.zeros(5, 3, dtype=torch.double, requires_grad=True)
     number(case, *call(case, case.tensors(), want, backend)).backward()
 
     def close(probe):
@@ -125,10 +128,11 @@ def test_squares_add_up(backend):
         close(probe)
 
 
+@pytest.mark.float64
 def test_a_graph_of_the_gradient(backend):
     """create_graph: the norms are numbers, not part of the graph."""
     case = Case("gru")
-    probe, t = torch.zeros(5, 2, dtype=torch.double, requires_grad=True), case.tensors()
+    probe, t = place.zeros(5, 2, dtype=torch.double, requires_grad=True), case.tensors()
     measured, gx = torch.autograd.grad(number(case, *call(case, t, probe, backend)), [probe, t["x"]], create_graph=True)
     assert not measured.requires_grad and gx.requires_grad and (measured[:, 1] == 3).all()
     gx.square().sum().backward()
@@ -138,14 +142,15 @@ def test_a_graph_of_the_gradient(backend):
 def test_tiny_gradients_are_measured(backend):
     """Squares of float32 numbers down to 1e-38 fit in float64."""
     case = Case("lstm", T=2, B=1)
-    probe = torch.zeros(2, 3, dtype=torch.double, requires_grad=True)
+    probe = place.zeros(2, 3, dtype=torch.double, requires_grad=True)
     y, _ = call(case, case.tensors(torch.float32), probe, backend)
     torch.autograd.backward(y, torch.full_like(y, 1e-30))
     assert 1e-62 < probe.grad[-1, 0] < 1e-58
 
 
+@pytest.mark.float64
 def test_torch_func_ignores_the_probe(backend):
     case = Case("rnn_tanh")
-    probe, t = torch.zeros(5, 2, dtype=torch.double, requires_grad=True), case.tensors(requires_grad=False)
+    probe, t = place.zeros(5, 2, dtype=torch.double, requires_grad=True), case.tensors(requires_grad=False)
     torch.func.grad(lambda x: call(case, {**t, "x": x}, probe, backend)[0].sum())(t["x"])
     assert probe.grad is None

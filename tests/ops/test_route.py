@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradkernels as gk
 from gradkernels.backends import last
 from gradkernels.ops import _recurrent_op as op
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, Case, cotangents, gradients
 
@@ -90,7 +91,7 @@ def test_profiler_sees_the_operator(calls, backend):
 
 
 def test_function_modes_hear_the_operator(calls, backend):
-    with torch.device("cpu"):
+    with place.device:
         CASE.call(backend)(*inputs())
     assert not any(calls)
 
@@ -144,7 +145,7 @@ def test_autocast(cell, dtype, backend):
     case = Case(cell, T=6, B=3, I=8, H=16)
     low = case.tensors(dtype, requires_grad=False)
     t = {k: v.float().requires_grad_() for k, v in low.items()}
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(place.device.type, dtype):
         out = case.call(backend)(*t.values())
     assert all(o.dtype == dtype for o in out)
     random = cotangents(out)
@@ -155,17 +156,18 @@ def test_autocast(cell, dtype, backend):
     assert all(torch.equal(a.to(dtype), b) for a, b in zip(grads, want[1].values()))
 
 
+@pytest.mark.float64
 def test_autocast_leaves_float64_alone_and_is_off_inside(backend):
     case = Case("lstm")
     t = case.tensors()
     want = gradients(case.call(backend), t, random := cotangents(case.loop()(*t.values())))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place.device.type, torch.bfloat16):
         got = gradients(case.call(backend), t, random)
     assert_close_to_truth(got, want, want)
     single = case.tensors(torch.float32)
     out = case.call(backend)(*single.values())
     plain = torch.autograd.grad(out, list(single.values()), [c.float() for c in random], retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):  # a backward that runs where autocast is on
+    with torch.autocast(place.device.type, torch.bfloat16):  # a backward that runs where autocast is on
         inside = torch.autograd.grad(out, list(single.values()), [c.float() for c in random])
     assert all(map(torch.equal, plain, inside))
 
@@ -174,16 +176,16 @@ def test_autocast_leaves_float64_alone_and_is_off_inside(backend):
 def test_autocast_makes_the_states(requires_grad, backend):
     t = Case("lstm").tensors(torch.float32, requires_grad)
     args = {k: t[k] for k in ("weight_ih", "bias_ih", "bias_hh")}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place.device.type, torch.bfloat16):
         y, final = gk.ops.recurrent(t["x"], t["weight_hh"], **args, backend=backend)
-        zeros = [torch.zeros(3, 6) for _ in range(2)]
+        zeros = [place.zeros(3, 6) for _ in range(2)]
         want, _ = gk.ops.recurrent(t["x"], t["weight_hh"], zeros, **args, backend=backend)
     assert torch.equal(y, want) and all(v.dtype == torch.bfloat16 for v in (y, *final))
 
 
 def test_autocast_and_second_derivatives(backend):
     t = Case("lstm").tensors(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place.device.type, torch.bfloat16):
         y = Case("lstm").call(backend)(*t.values())[0]
         g = torch.autograd.grad(y.float().square().sum(), t["x"], create_graph=True)[0]
     g.square().sum().backward()
@@ -230,6 +232,7 @@ def test_no_backend_named_takes_the_best():
     assert last() == ("cpu" if gk.backends()["cpu"] is None else "reference")
 
 
+@pytest.mark.cpu
 def test_a_cell_object(backend):
     """A registered cell may be given itself; one of a user's own runs on the reference alone, under every transform."""
     t, f = inputs(), CASE.call(backend)

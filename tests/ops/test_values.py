@@ -6,6 +6,7 @@ from torch import nn
 
 import gradkernels as gk
 from gradkernels.backends import last
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, Case, cotangents, gradients, loop
 
@@ -87,10 +88,10 @@ LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": lambda
 @pytest.mark.parametrize("cell", LAYERS)
 def test_torch_layers(cell, size, dtype, backend):
     T, B, I, H = size
-    layer = LAYERS[cell](I, H).to(dtype)
-    x, S = torch.randn(T, B, I, dtype=dtype), gk.cells.get(cell).S
-    state = [torch.randn(1, B, H, dtype=dtype) for _ in range(S)]
-    random = torch.randn(T, B, H, dtype=torch.double)
+    layer = LAYERS[cell](I, H).to(place.device, dtype)
+    x, S = place.randn(T, B, I, dtype=dtype), gk.cells.get(cell).S
+    state = [place.randn(1, B, H, dtype=dtype) for _ in range(S)]
+    random = place.randn(T, B, H, dtype=torch.double)
 
     def result(module, dtype, run):
         u = x.to(dtype, copy=True).requires_grad_()
@@ -152,7 +153,7 @@ def test_packed_and_lengths_are_the_same(cell, backend):
     case, ragged = Case(cell, T=6, B=4, layout="packed"), Case(cell, T=6, B=4, layout="lengths")
     t = case.tensors(torch.float32, requires_grad=False)
     packed = case.call(backend)(*t.values())
-    S, x = len(packed) // 2, torch.randn(24, 4)
+    S, x = len(packed) // 2, place.randn(24, 4)
     x[case.rows] = t["x"]
     y = Case(cell, T=6, B=4).call(backend, lengths=case.lengths)(x.view(6, 4, 4), *list(t.values())[1:])
     assert_close_to_truth([v.flatten(0, 1)[case.rows] for v in y[:S]], packed[:S], [v.double() for v in packed[:S]])
@@ -169,8 +170,8 @@ def test_packed_steps_need_not_reach_every_row(cell, sizes, reverse, backend):
     """Rows of the state beyond the first step's, and steps without rows, as no PackedSequence has them."""
     case = Case(cell, T=len(sizes), B=5)
     dense, sizes = case.tensors(torch.float32), torch.tensor(sizes, dtype=torch.long)
-    t = {**dense, "x": torch.randn(int(sizes.sum()), 4, requires_grad=True)}
-    live = (torch.arange(5) < sizes.unsqueeze(1)).flatten().nonzero().squeeze(1)
+    t = {**dense, "x": place.randn(int(sizes.sum()), 4, requires_grad=True)}
+    live = (torch.arange(5) < sizes.unsqueeze(1)).flatten().nonzero().squeeze(1).to(place.device)
     lengths = (sizes.unsqueeze(1) > torch.arange(5)).sum(0)
 
     def padded(*values):
