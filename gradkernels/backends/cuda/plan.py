@@ -192,8 +192,8 @@ def _forms(
         for C in (c for c in sizes if c <= max_cluster):
             for U in (up(-(-H // C), 8),) if exchange == "cluster" else UNITS:
                 team = C if exchange == "cluster" else up(-(-H // U), C)
-                if team > multiprocessors or (exchange == "cluster" and (C - 1) * U >= H):
-                    continue  # too many, or one without units
+                if team > multiprocessors or team * U >= 2 * H + 8 * (team == 1):
+                    continue  # too many, or most of them without units
                 for N, (WM, WK) in itertools.product(ROWS, WARPS):
                     contraction = (TILE // BYTES[number]) * WK * (C if exchange == "grid" else 1)
                     for width in (team * U, up(H, contraction)):
