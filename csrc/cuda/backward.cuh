@@ -1,16 +1,15 @@
 // Backpropagation through time by a team of blocks that keep the recurrent matrix, for any cell.
 //
 // Dims: T steps, B rows of the batch, H units, G gates, S states, A kept values, Q products of another value than the
-// first
-//       state (those of the last Q gates); U units of a block, N rows of a tile, C blocks of a cluster. An item is what
-//       a warp has at a time: an octet of units by an n-tile of rows; lane l has unit l / 4 for rows 2 (l % 4) and the
-//       next.
-// A step, backwards: the adjoints of the states after it, fp32 and in registers over the whole sequence, plus what the
-// step's output received, go through the cell, which gives gradients of the gates and adjoints of the states before it;
-// to the first of these comes W^T dr, an exchange among the blocks (transposed.cuh). With Q > 0 there are two
-// exchanges, the first for the last Q gates. A row of the batch is in as many steps as it has; the adjoint that enters
-// its last one is that of its final state. What a step reads is asked for one step ahead, what it writes nobody waits
-// for.
+//       first state (those of the last Q gates); U units of a block, N rows of a tile, C blocks of a cluster.
+// A step, backwards: the adjoints of the states after it, in registers and fp32 over the whole sequence, and what the
+// step's output was handed go through the cell, which gives gradients of the gates and adjoints of the states before
+// it. To that of the first state comes W^T dr, an exchange among the blocks (transposed.cuh); with Q > 0 there are two,
+// that of the last Q gates first. A row of the batch is in as many steps as it has; the adjoints that enter its last
+// one are those of its final states. What a step reads is asked for one step ahead; for what it writes nobody waits.
+//
+// A warp runs the cells of items, octets of units by n-tiles of rows: lane l has unit l / 4 for rows 2 (l % 4) and the
+// next, just as an mma leaves them. Of each row it reads and writes 8 units side by side, so any H will do.
 #pragma once
 #include "cells.cuh"
 #include "transposed.cuh"
@@ -53,17 +52,15 @@ private:
   X given[SLOTS][2][S];                      // and what was handed in for the latter
 
   GK_DEVICE explicit Backward(const BackwardArgs &p)
-      : p(p), team(block() / p.team.size), unit0(block() % p.team.size * U) {
-    char *memory = p.team.exchange + team * (PUBLISHED_BYTES + int64(p.team.size) * STREAM_BYTES);
-    link = {p.team.size,
-            block() % p.team.size,
-            C == 1 ? 0 : cluster_rank(),
-            memory,
-            shared() + AT_INBOXES,
-            reinterpret_cast<Signal *>(shared() + AT_SIGNALS),
-            {First::JOINED ? p.team.arrivals + 32 * team : nullptr, unsigned(p.team.size)},
-            0};
-  }
+      : p(p), team(block() / p.team.size), unit0(block() % p.team.size * U),
+        link{p.team.size,
+             block() % p.team.size,
+             C == 1 ? 0 : cluster_rank(),
+             p.team.exchange + team * (PUBLISHED_BYTES + int64(p.team.size) * STREAM_BYTES),
+             shared() + AT_INBOXES,
+             reinterpret_cast<Signal *>(shared() + AT_SIGNALS),
+             {First::JOINED ? p.team.arrivals + 32 * team : nullptr, unsigned(p.team.size)},
+             0} {}
 
   // ---- who does what
 
@@ -92,10 +89,9 @@ private:
     int64 token = 0;
   };
   GK_DEVICE Step step_at(int i) const {
-    Step step;
-    step.rows = p.walk.rows_at(i);
-    if (step.rows) step.token = p.walk.first ? p.walk.first[p.walk.time(i)] : int64(p.walk.time(i)) * p.walk.B;
-    return step;
+    if (i < 0 || i >= p.walk.T) return {};
+    const int t = p.walk.time(i);
+    return {p.walk.rows_at(i), p.walk.first ? p.walk.first[t] : int64(t) * p.walk.B};
   }
 
   // Begins the loads of step `at`, which is between `previous` and `next` in the walk. The state that the next step

@@ -89,26 +89,11 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
       return c;
     };
     constexpr int TILES = KEPT * M_TILES, ROOM = SPARE / (512 * WARPS), AT_ONCE = ROOM < TILES ? ROOM : TILES;
-    if constexpr (AT_ONCE > 0) {
-      Chunk *stage = reinterpret_cast<Chunk *>(spare + warp() * AT_ONCE * 512) + lane();
-      GK_UNROLL for (int begin = 0; begin < TILES; begin += AT_ONCE) {
-        const int end = begin + AT_ONCE < TILES ? begin + AT_ONCE : TILES;
-        GK_LOOP for (int at = begin; at < end; at += 2) {
-          const Chunk a = tile(at % M_TILES, at / M_TILES);
-          if (at + 1 < end) stage[(at + 1 - begin) * 32] = tile((at + 1) % M_TILES, (at + 1) / M_TILES);
-          stage[(at - begin) * 32] = a;
-        }
-        GK_UNROLL for (int at = begin; at < end; at++) {
-          const Chunk c = stage[(at - begin) * 32];
-          GK_UNROLL for (int i = 0; i < 4; i++) kept[at % M_TILES][at / M_TILES][i] = c.w[i];
-        }
-      }
-    } else {
-      GK_UNROLL for (int kt = 0; kt < KEPT; kt++) GK_UNROLL for (int mt = 0; mt < M_TILES; mt++) {
-        const Chunk c = tile(mt, kt);
-        GK_UNROLL for (int i = 0; i < 4; i++) kept[mt][kt][i] = c.w[i];
-      }
-    }
+    if constexpr (AT_ONCE > 0)
+      load_through<0, AT_ONCE>(reinterpret_cast<Chunk *>(spare + warp() * AT_ONCE * 512) + lane(), tile);
+    else
+      GK_UNROLL for (int kt = 0; kt < KEPT; kt++) GK_UNROLL for (int mt = 0; mt < M_TILES; mt++)
+          keep(mt, kt, tile(mt, kt));
     for (int kt = 0; kt < IN_SHARED; kt++)
       GK_UNROLL for (int mt = 0; mt < M_TILES; mt++) in_shared[(kt * M_TILES + mt) * 32] = tile(mt, KEPT + kt);
     for (int kt = 0; kt < STREAMED; kt++)
@@ -165,6 +150,20 @@ template <class X, int GROUPS, int K_TILES, int KEPT_AT_MOST, int SHARED_AT_MOST
   }
 
 private:
+  GK_DEVICE void keep(int mt, int kt, const Chunk &c) {
+    GK_UNROLL for (int i = 0; i < 4; i++) kept[mt][kt][i] = c.w[i];
+  }
+  // Tiles from number BEGIN on to registers, so many at once through `stage`.
+  template <int BEGIN, int AT_ONCE, class F> GK_DEVICE void load_through(Chunk *stage, F tile) {
+    constexpr int TILES = KEPT * M_TILES, END = BEGIN + AT_ONCE < TILES ? BEGIN + AT_ONCE : TILES;
+    GK_LOOP for (int at = BEGIN; at < END; at += 2) {
+      const Chunk a = tile(at % M_TILES, at / M_TILES);
+      if (at + 1 < END) stage[(at + 1 - BEGIN) * 32] = tile((at + 1) % M_TILES, (at + 1) / M_TILES);
+      stage[(at - BEGIN) * 32] = a;
+    }
+    GK_UNROLL for (int at = BEGIN; at < END; at++) keep(at % M_TILES, at / M_TILES, stage[(at - BEGIN) * 32]);
+    if constexpr (END < TILES) load_through<END, AT_ONCE>(stage, tile);
+  }
   GK_DEVICE void resident(unsigned (&a)[4], int mt, int kt) const {
     if (kt < KEPT) {
       GK_UNROLL for (int i = 0; i < 4; i++) a[i] = kept[mt][kt < KEPT ? kt : 0][i];

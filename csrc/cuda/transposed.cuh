@@ -1,34 +1,31 @@
 // The product of backpropagation through time, dh = W^T dr, by a team of blocks that each keep a part of W.
 //
-// Dims: G gates, H units (Walk.H are real), U units of a block, N rows of the batch in a tile, C blocks of a cluster,
-//       M = C U units that a product is taken for, K gradients that a block multiplies, X number type. An octet is 8
-//       units.
-// A block computes gate gradients dr of its own U units and needs dh of the same. Gate g of unit u is row g H + u of W,
-// dh of unit j needs column j: a block's matrix is [M, K] of W^T, its operand [K, N]. Warps split M (WM) and K (WK).
+// Dims: G gates, H units (Walk.H of them real), U units of a block, N rows of the batch in a tile, C blocks of a
+//       cluster, M = C U units that a product is taken for, K gradients that a block multiplies. An octet is 8 units.
+// A block computes gradients dr of the gates of its own U units and needs dh of the same units. Gate g of unit u is row
+// g H + u of W, and dh of unit j is the product with column j: a block's matrix is [M, K] of W^T, what it multiplies
+// [K, N]. Warps split M (WM) and K (WK).
 //
 // Cluster: a block multiplies its own gradients, K = G U, for all units of the team, M >= Walk.H, and pushes partial
-// sums,
-//   fp32, to their owners. In a step each block sends 4 M N bytes and does 2 K M N operations.
-// Grid: all blocks publish their gradients in L2; a block multiplies those of 1/C of the team, K = G H / C, for the
-// units of
-//   its cluster, whose blocks then push partial sums to their owners. In a step each block fetches K N values, sends 4
-//   M N bytes and does 2 K M N operations.
-// With C = 1 nothing is pushed, in either form: partial sums of warps stay in the block.
+// sums in fp32 to the units' owners. In a step each block sends 4 M N bytes and does 2 K M N operations.
 //
-// Who may overwrite what, and when. Exchanges are numbered by `turn`; what is double is used by parity of the number.
-// * Inbox: double in a cluster. A peer pushes number e + 2 after it has received e + 1, of which this block sends its
-// part
-//   after a block_sync that follows its reading of e. Single in a grid: a peer multiplies e + 1 after this block has
-//   published e + 1, which it does after reading e. Single with C = 1: two block_syncs are between reading and writing.
-// * Gradients that a block multiplies: double in a cluster. A warp that runs ahead puts e + 1 while others multiply e;
-// it
-//   cannot put e + 2 before the block_sync of e + 1, to which they come after that. With C = 1 the product ends with a
-//   block_sync. In a grid a warp fetches what it multiplies, or there is a block_sync (meeting) between.
-// * Published gradients: double. A block publishes e + 2 after all have arrived at e + 1, which they do after fetching
-// e.
-// * The signal's phase of e + 2 (grid: e + 1) cannot complete before this block pushes its part of it, which is after a
-//   block_sync to which all threads come after they have waited for e: nobody misses a phase.
-// * The end: every push is one that its receiver waits for, so nobody is gone while somebody pushes to him.
+// Grid: blocks publish their gradients in L2. A block multiplies those of a C-th of the team, K = G H / C, for the
+// units of its cluster, whose blocks push partial sums to the owners. In a step each block fetches K N values, sends 4
+// M N bytes and does 2 K M N operations.
+//
+// With C = 1 nothing is pushed in either form: partial sums of warps stay in the block.
+//
+// Who may overwrite what, and when? Exchanges are numbered by `turn`; of what is double, even and odd numbers have one.
+// * Inboxes are double in a cluster: a neighbour pushes number e + 2 after it has all of e + 1, of which this block
+//   sends its part after a block_sync that follows its reading of e. In a grid one will do: a neighbour multiplies
+//   e + 1 after this block has published it, which follows its reading of e. And with C = 1: block_syncs lie between.
+// * Gradients to be multiplied are double in a cluster: a warp that is ahead puts e + 1 while others multiply e; it
+//   comes to e + 2 only after the block_sync of e + 1, which the others reach when they are done with e. With C = 1 the
+//   product ends in a block_sync; in a grid each warp fetches what it alone multiplies, or a meeting lies between.
+// * Published gradients are double: a block publishes e + 2 after all have arrived at e + 1, having fetched e.
+// * Signals: the phase of the next number of the same signal cannot end before this block pushes its own part, behind a
+//   block_sync to which every thread comes when it has heard the last one. Nobody misses a phase.
+// * The end: whoever is pushed to waits for it, so nobody is gone while a neighbour writes into his memory.
 #pragma once
 #include "tile.cuh"
 
@@ -91,8 +88,7 @@ struct Transposed {
       *reinterpret_cast<Chunk *>(shared() + AT_GRADIENTS + at) = Chunk{};
   }
 
-  // Gradients of this lane's two rows of n-tile `nt`, of line g U + u of the block; all its lines, those beyond H as
-  // zeros.
+  // Gradients of this lane's two rows of n-tile `nt`: line g U + u of the block. All lines are put, zeros beyond H.
   GK_DEVICE static void put(const Link &link, int nt, int line, float low, float high) {
     if constexpr (JOINED)
       Published{link.published + link.turn % 2 * Published::BYTES}.put(nt, link.rank * OWN + line, low, high);
@@ -101,7 +97,7 @@ struct Transposed {
   }
 
   // One exchange, after which gather has dh. Only the first `live` rows of the tile count. `ask` begins loads that are
-  // wanted afterwards, `keep` stores what nobody waits for: both run where they delay the others least.
+  // wanted afterwards, `keep` stores what nobody waits for; both run where they delay others least.
   template <class Ask, class Keep> GK_DEVICE void multiply(Link &link, int live, Ask ask, Keep keep) {
     const int n_tiles = (live + 7) / 8;
     if constexpr (JOINED) {
@@ -163,8 +159,7 @@ private:
   }
   GK_DEVICE static Signal *signal(const Link &link) { return link.signals + link.turn % HALVES; }
 
-  // What this warp multiplies, or, with others, what they all do: the rest of the team beyond its last block is not
-  // there.
+  // What this warp multiplies, or what all do where warps share it. A team may have fewer blocks than H allows for.
   GK_DEVICE static void fetch(const Link &link, int n_tiles) {
     constexpr int ALL = (ALONE ? 1 : WK) * K_TILES * TILE * Gradients::LINE, THREADS = ALONE ? 32 : 32 * WARPS;
     const int begin = (ALONE ? wk() : 0) * ALL, senders = link.size - link.c * SENDERS;

@@ -87,7 +87,7 @@ class Backward(Variant):
         weights *= 3 if self.number == "fp32" else 1  # and what tf32 holds of each, and of the rest
         slots = -(-self.octets * n_tiles // (self.WM * self.WK))
         values = cell.A + 4 * cell.S + cell.G * (2 if cell.split else 1) + 1 + len(cell.second)
-        return 48 + weights + 4 * m_tiles * n_tiles + 2 * slots * values + 4 * n_tiles
+        return 40 + weights + 4 * m_tiles * n_tiles + slots * (2 * values + 8) + 4 * n_tiles
 
     @property
     def template(self) -> str:
