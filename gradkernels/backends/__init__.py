@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,7 @@ from gradkernels.cells import CELLS, Cell
 if TYPE_CHECKING:
     import torch
 
-_HERE = os.path.dirname(__file__)
-NAMES = ("reference", "cpu", *(n for n, f in (("triton", "__init__"), ("cuda", "plan")) if os.path.exists(f"{_HERE}/{n}/{f}.py")))
+NAMES = ("reference", "cpu", "triton", "cuda")
 # device type -> the backends to try, the best first; `reference` runs wherever torch does. ROCm calls its devices "cuda" too.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _ELSEWHERE = ("triton",)

@@ -104,7 +104,7 @@ def _entering(y: Tensor, h0: Tensor, live: Tensor, reverse: bool) -> Tensor:
 
 # ---------------------------------------------------------------- precision
 
-_precision = threading.Lock()
+_precision = threading.RLock()
 
 
 def tf32() -> bool:
@@ -113,10 +113,10 @@ def tf32() -> bool:
 
 
 @contextlib.contextmanager
-def _products(x: Tensor) -> Iterator[None]:
-    """torch's products obey that too here, and not what `torch.backends.cuda.matmul` says: cuDNN makes one rule of both.
+def products(x: Tensor) -> Iterator[None]:
+    """torch's products obey that too in here, and not what `torch.backends.cuda.matmul` says: cuDNN makes one rule of both.
 
-    Launches only are inside, so the lock is held for microseconds."""
+    That setting belongs to the whole process: a lock keeps our own threads apart, and what is inside only launches."""
     with no_autocast(x.device):
         if x.dtype is not torch.float32 or x.device.type != "cuda":
             yield
@@ -181,7 +181,7 @@ def forward(
         final = [torch.empty_like(v) for v in state]
         with _on(x.device):
             steps = Steps.of(x, state[0].shape[0], batch_sizes, lengths, reverse)
-            with _products(x):
+            with products(x):
                 gates = project(x.reshape(N, x.shape[-1]), weight_ih, bias_ih)
             wanted = [*seq, *[None] * (cell.S - len(seq))]
             walk(cell, gates, weight_hh, bias_hh, weight_hr, state, steps, wanted, final, raw, acts)
@@ -233,7 +233,7 @@ def backward(
         out = [v.view(*lead, v.shape[1]) for v in parts if v is not None]
     else:
         out = []
-        with _products(x):
+        with products(x):
             if need[0]:
                 dx = dgates if weight_ih is None else dgates @ weight_ih
                 out.append(dx.view(x.shape))

@@ -267,7 +267,7 @@ def test_products_obey_the_setting_of_recurrent_layers(wider, matmul, rnn, preci
 
     def work():
         for _ in range(20):
-            with contextlib.suppress(KeyError), _sequence._products(Elsewhere):
+            with contextlib.suppress(KeyError), _sequence.products(Elsewhere):
                 seen.append(get("cuda", "matmul") == "tf32")
                 raise KeyError
 

@@ -179,7 +179,7 @@ def forward(
         part = lambda v: None if v is None else v[:n]
         return part(operand), part(gate), part(wide), part(second), blocks(n, H), blocks(n, R)
 
-    with _sequence._products(gates):
+    with _sequence.products(gates):
         for i in range(steps.T):
             n = rows(i)
             h, r, w, r2, cells, projected = views(n)
@@ -259,7 +259,7 @@ def backward(
         part = lambda v: None if v is None else v[:n]
         return part(operand), part(wide), part(second), part(sent), blocks(n, H), blocks(n, R)
 
-    with _sequence._products(dgates):
+    with _sequence.products(dgates):
         for i in reversed(range(-1, steps.T)):
             n, t = rows(i), rows.time(i)
             here, w, r2, out, _, _ = views(n)
