@@ -171,3 +171,43 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert micro.main([]) == 2
     assert "CUDA" in capsys.readouterr().err
+
+
+def test_jobs_tell_each_other_apart_and_the_model_knows_their_names():
+    named = {
+        "clusters at a time",
+        "launch",
+        "clock under load",
+        "all-gather",
+        "grid barrier",
+        "products",
+        "weights from L2",
+    }
+    named |= {"copy by torch", "product of large matrices by torch"}
+    for quick in (False, True):
+        keys = [key for key, _ in micro.jobs(GPUS["sm_90a"], torch.device("cpu"), quick)]
+        assert all(keys.count(key) == 1 for key in keys)
+        assert named <= {key["what"] for key in keys}
+
+
+@pytest.mark.slow
+def test_the_time_of_a_round_is_the_difference_of_two_launches(monkeypatch):
+    twin, part = Twin(), exchanged(4, 64, 4, 2, 6)
+    monkeypatch.setattr(
+        micro, "events", lambda run: 50.0 + 3.0 * int(run().max())
+    )  # 3 microseconds a round, 50 around them
+    found = micro.measure(twin, part, torch.device("cpu"))
+    assert found["us"] == found["least"] == found["most"] == 3.0
+    monkeypatch.setattr(micro, "expected", lambda part, rounds: expected(part, rounds) + 1)
+    with pytest.raises(micro.Wrong, match="256 of 256 threads saw something else"):
+        micro.measure(twin, part, torch.device("cpu"))
+
+
+def test_rates_follow_from_the_time_of_a_round(monkeypatch):
+    part = tensor_cores("bf16", 2, 2, 3, 5, 6)
+    monkeypatch.setattr(micro, "launch", lambda *_: lambda rounds: expected(part, rounds))
+    times = iter([9.0, 1.0] * (micro.REPEAT + 1))
+    monkeypatch.setattr(micro, "events", lambda run: next(times))
+    found = micro.measure(None, part, torch.device("cpu"))
+    assert found["us"] == 2.0  # 8 microseconds for 4 rounds
+    assert found["gflops"] == pytest.approx(6 * 2 * 5 * (16 * 8 * 16 * 2) / 2e-6 / 1e9)
