@@ -239,6 +239,8 @@ class RNNBase(nn.RNNBase):
         for k in range(0, total, directions):
             if k and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
+            # One direction after the other on a GPU too: blocks that wait for one another are known to be resident together only where
+            # their kernel has the GPU to itself, and of two such kernels on two streams each might hold a part of it for good.
             outs = [self._one(j, x, given[j], *call, None if j else first, j > k) for j in range(k, k + directions)]
             last += [final for _, final in outs]
             x = outs[0][0] if directions == 1 else torch.cat([y for y, _ in outs], -1)
