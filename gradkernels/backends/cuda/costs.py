@@ -23,7 +23,7 @@ class Machine:
 
     clock: float = 1.7e9  # hertz, under load
     mma: float = 6.5  # of one product of 16 x 8 x 32 bytes on a quarter of a multiprocessor
-    chain: float = 130  # dependent products, and the loads before them
+    chain: float = 130  # of four products that depend on one another, and of the loads before the first
     block: float = 250  # block barriers, sums, addresses
     gate: float = 30  # instructions of a lane for one gate of a unit: its part of the cell, loads and stores
     shared: float = 128  # shared memory
@@ -70,7 +70,9 @@ def tile(v: Variant, which: str, m: Machine = MACHINE) -> float:
 def _product(v: Variant, which: str, share: tuple[int, int], tiles: tuple[int, int], m: Machine) -> float:
     """Cycles of a product with its exchange."""
     (M, K), (rows, columns), warps, size = share, tiles, v.WM * v.WK, BYTES[v.number]
-    mma = rows * columns * warps * v.N / 8 * PRODUCTS[v.number] * m.mma / min(QUARTERS, warps)
+    sums = rows * v.N / 8  # of a warp, independent of one another; of few it makes two chains
+    busy, waiting = sums * m.mma * max(1, warps / QUARTERS), m.chain / 4 / (2 if sums < 4 else 1)
+    mma = columns * PRODUCTS[v.number] * max(busy, waiting)
     column = rows * warps * TILE_BYTES
     inside = min(v.SHARED, max(0, columns - v.KEPT)) * column / m.shared
     streamed = max(0, columns - v.KEPT - v.SHARED) * column / m.l2
