@@ -74,9 +74,9 @@ class Tiny(Variant):
         return '#include "arguments.cuh"\nextern "C" __global__ void run(gk::ForwardArgs p) {}\n'
 
 
-def tiny(exchange: str, C: int, kilobytes: int = 0) -> Tiny:
+def tiny(exchange: str, C: int, kilobytes: int = 0, kind: type[Tiny] = Tiny) -> Tiny:
     """256 threads."""
-    return Tiny(CELLS["lstm"], "bf16", exchange, C, 64, 8, 8, 8, 1, 0, kilobytes)
+    return kind(CELLS["lstm"], "bf16", exchange, C, 64, 8, 8, 8, 1, 0, kilobytes)
 
 
 def say(value: object) -> None:
