@@ -21,6 +21,12 @@ from gradkernels.ops._recurrent_op import direct
 lib = torch.library.Library("gradkernels", "FRAGMENT")
 
 
+def draw_seed(like: Tensor) -> Tensor:
+    """The seed of one call's dropout, int64 ``[1]``, from torch's generator of that device: `torch.manual_seed` rules it,
+    checkpointing restores it, a CUDA graph draws a new one in every replay, and vmap has its say about randomness."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=like.device)
+
+
 def nothing(like: Tensor) -> Tensor:
     """What an operator returns for a result that nobody wants."""
     return like.new_empty(0)
@@ -37,6 +43,7 @@ class Fused:
     definition: `definition(*tensors, **options) -> results` in differentiable torch operations.
     fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
     shared: `shared(options) -> {k: j}`: the gradient of tensor k is that of tensor j.
+    like: the layout in which backward gives the gradient of a tensor.
     fold: `fold(N, dims, tensors, options) -> (tensors, options, unfold)` makes one call of a vmapped one, or None.
     """
 
@@ -51,10 +58,11 @@ class Fused:
         fake: Callable[..., tuple[Tensor, ...]],
         shared: Callable[[dict[str, Any]], dict[int, int]] = lambda options: {},
         fold: Callable[..., Any] | None = None,
+        like: Callable[[Tensor], Tensor] = lambda v: v.new_empty(v.shape),
     ):
         self.name, self.tensors, self.options = name, tuple(tensors), tuple(options)
         self.results, self.outputs = len(results), len(results) + len(kept)
-        self.definition, self.fake, self.shared, self.fold = definition, fake, shared, fold
+        self.definition, self.fake, self.shared, self.fold, self.like = definition, fake, shared, fold, like
         given = ", ".join(f"Tensor? {t}" for t in tensors)
         how = ", ".join(f"{kind} {option}" for option, kind in options.items())
         grads = ", ".join(f"Tensor? d_{r}" for r in results)
@@ -84,7 +92,7 @@ class Fused:
         if torch.compiler.is_compiling() or torch._C._is_tracing():
             return self.forward_op(*tensors, *how, backend)[: self.results]
         if torch._C._are_functorch_transforms_active() or differentiable(tensors):
-            return self.forward_function.apply((how, backend), *tensors)[: self.results]
+            return apply(self.forward_function)((how, backend), *tensors)[: self.results]
         return self.run(tensors, how, backend)[: self.results]
 
     def run(self, tensors, how, backend):
@@ -133,7 +141,7 @@ class Fused:
 
     def _backward_fake(self, *args):
         _, tensors, _, need, _, _ = self._split(args)
-        return tuple(v.new_empty(v.shape) if wanted else nothing(tensors[0]) for v, wanted in zip(tensors, need))
+        return tuple(self.like(v) if wanted else nothing(tensors[0]) for v, wanted in zip(tensors, need))
 
     def needs(self, wanted: Sequence[bool], options: dict[str, Any]) -> tuple[list[bool], dict[int, int]]:
         """What the backward kernel is asked for, and which gradients are then another's too."""
@@ -227,6 +235,14 @@ def differentiable(tensors: Sequence[Tensor | None]) -> bool:
     return forward_ad._current_level >= 0
 
 
+def apply(function):
+    """Function.apply binds its arguments to a signature at every call, 28 microseconds; the method below it does not, and is all
+    that is needed where no transform is active."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply
+    return super(Function, function).apply
+
+
 def push(run, values, tangents):
     """Forward mode by reverse mode twice: a dual level does not nest."""
     out, pull = torch.func.vjp(run, *values)
@@ -267,7 +283,7 @@ def _functions(op: Fused):
             tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
             grads = grads[:r]
             if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-                run = lambda need: Backward.apply((tuple(need), how, backend), *grads, *tensors, *outputs)
+                run = lambda need: apply(Backward)((tuple(need), how, backend), *grads, *tensors, *outputs)
             else:
                 run = lambda need: op.run_backward(grads, tensors, outputs, need, how, backend)
             return None, *op.gradients(run, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
@@ -282,7 +298,7 @@ def _functions(op: Fused):
 
         @staticmethod
         def vmap(info, dims, how, *tensors):
-            call = lambda *values: Forward.apply(how, *values)
+            call = lambda *values: apply(Forward)(how, *values)
             folded = op.fold and op.fold(info.batch_size, dims[1:], tensors, dict(zip(op.options, how[0])))
             if not folded:
                 return each(info.batch_size, dims[1:], tensors, call)
@@ -325,6 +341,6 @@ def _functions(op: Fused):
 
         @staticmethod
         def vmap(info, dims, how, *tensors):
-            return each(info.batch_size, dims[1:], tensors, lambda *values: Backward.apply(how, *values))
+            return each(info.batch_size, dims[1:], tensors, lambda *values: apply(Backward)(how, *values))
 
     return Forward, Backward

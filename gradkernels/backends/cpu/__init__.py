@@ -56,7 +56,7 @@ def why_not(
     return None
 
 
-def _empty(like: Tensor, *shape: int, zero: bool = False) -> Tensor:
+def empty(like: Tensor, *shape: int, zero: bool = False) -> Tensor:
     t = like.new_empty(shape)
     if t.nbytes >= HUGE:
         build().huge_pages(t.data_ptr(), t.nbytes)
@@ -75,7 +75,7 @@ def _steps(x: Tensor, B: int, batch_sizes: Tensor | None, lengths: Tensor | None
     return T, [B - ended, None, order]
 
 
-def _addresses(tensors: list[Tensor | None]) -> list[int]:
+def addresses(tensors: list[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
@@ -97,9 +97,9 @@ def forward(
     shape, N = x.shape[:-1], math.prod(x.shape[:-1])
     T, steps = _steps(x, B, batch_sizes, lengths)
     ragged = lengths is not None
-    seq = [_empty(x, *shape, s.shape[1], zero=ragged) for s in (state if keep else state[:1])]
-    raw = _empty(x, N, H, zero=ragged) if keep == 2 and weight_hr is not None else None
-    acts = _empty(x, N, cell.A, H) if keep == 2 else None
+    seq = [empty(x, *shape, s.shape[1], zero=ragged) for s in (state if keep else state[:1])]
+    raw = empty(x, N, H, zero=ragged) if keep == 2 and weight_hr is not None else None
+    acts = empty(x, N, cell.A, H) if keep == 2 else None
     if N == 0:
         final = [s.clone() for s in state]
     else:
@@ -107,7 +107,7 @@ def forward(
         wanted = [*seq, *[None] * (cell.S - len(seq))]
         tensors = [*steps, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, raw, acts, *state, *wanted, *final]
         build().recurrent_forward(
-            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), _addresses(tensors)
+            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), addresses(tensors)
         )  # fmt: skip
     return [t for t in (*seq, *final, raw, acts) if t is not None]
 
@@ -136,7 +136,7 @@ def backward(
 
     def like(wanted: bool, *size: int, rows: bool = False) -> Tensor | None:
         """A gradient to fill; rows that no step visits and weights that no token reaches are zero."""
-        return _empty(x, *(shape if rows else ()), *size, zero=ragged if rows else empty) if wanted else None
+        return empty(x, *(shape if rows else ()), *size, zero=ragged if rows else empty) if wanted else None
 
     by_gates = gates or (need[0] and weight_ih is None)
     dgates = like(by_gates, GH, rows=True)
@@ -157,7 +157,7 @@ def backward(
             dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, *dstate, dgates, dr, v, dproj, size,
         ]  # fmt: skip
         build().recurrent_backward(
-            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), _addresses(tensors)
+            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), addresses(tensors)
         )  # fmt: skip
     first = [dgates, dr, v, dproj] if gates else [dgates if dx is None else dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr]
     return [t for t in (*first, *dstate, size) if t is not None]

@@ -1,0 +1,79 @@
+"""norm(residual + dropout(x)) by csrc/cpu/residual_norm.h. Results are the same bits for any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkernels.backends import cpu, reference
+
+
+def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
+    """The reason why this backend cannot run that, or None."""
+    return cpu.why_not(None, dtype, device)
+
+
+def _options(x: Tensor, seed: Tensor | None, p: float, eps: float, rms: bool) -> tuple[Any, ...]:
+    drawn = 0 if seed is None else int(seed) & (2**64 - 1)
+    return rms, eps, 0.0 if seed is None else p, drawn, torch.get_num_threads()
+
+
+def _computed(v: Tensor | None) -> Tensor | None:
+    """A weight in what is computed in."""
+    return None if v is None else reference.precise(v).contiguous()
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    N = x.shape[-1]
+    return (x.numel() // N if N else 0), N
+
+
+def forward(
+    x: Tensor,  # [.., N]
+    residual: Tensor | None,  # [.., N]
+    weight: Tensor | None,  # [N]
+    bias: Tensor | None,  # [N]
+    seed: Tensor | None,  # int64 [1]
+    p: float,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, s, mean [M], rstd [M])"""
+    M, N = _rows(x)
+    x = x.contiguous()
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y, s = cpu.empty(x, *x.shape), cpu.empty(x, *x.shape)
+    mean, rstd = x.new_empty(M, dtype=computed), x.new_empty(M, dtype=computed)
+    if M:
+        tensors = _computed(weight), _computed(bias), x, residual if residual is None else residual.contiguous()
+        at = cpu.addresses([*tensors, y, s, mean, rstd])
+        cpu.build().residual_norm_forward(cpu.STORAGE[x.dtype], M, N, at, *_options(x, seed, p, eps, rms))
+    return y, s, mean, rstd
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    need: Sequence[bool],
+    p: float,
+    eps: float,
+    rms: bool,
+) -> list[Tensor | None]:
+    """The gradients of (x, residual, weight, bias, seed) that are needed."""
+    (dy, dsum), (x, _, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
+    M, N = _rows(x)
+    dx, dresidual = (cpu.empty(x, *x.shape) if wanted else None for wanted in need[:2])
+    sums = [rstd.new_empty(N) if wanted else None for wanted in need[2:4]]
+    if M:
+        dy = torch.zeros_like(x, memory_format=torch.contiguous_format) if dy is None else dy.contiguous()
+        dsum = None if dsum is None else dsum.contiguous()
+        kept = [_computed(weight), None, dy, dsum, s.contiguous(), mean, rstd]
+        at = cpu.addresses([*kept, dx, dresidual, *sums])
+        cpu.build().residual_norm_backward(cpu.STORAGE[x.dtype], M, N, at, *_options(x, seed, p, eps, rms))
+    else:
+        sums = [v if v is None else v.zero_() for v in sums]
+    return [dx, dresidual, *(v if v is None else v.to(w.dtype) for v, w in zip(sums, (weight, bias))), None]
