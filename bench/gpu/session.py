@@ -135,7 +135,7 @@ def sanitizer(seconds: float, folder: Path) -> list[Outcome]:
         return [Outcome("sanitizer", 0.0, "compute-sanitizer is not installed", False)]
     found = []
     for check in ("memcheck", "racecheck"):
-        options = ["--tool", check, "--error-exitcode", "9", "--kernel-name", "kernel_substring=run"]
+        options = ["--tool", check, "--error-exitcode", "9"]
         command = [tool, *options, sys.executable, "-m", "bench.gpu.small"]
         found.append(run(f"sanitizer-{check}", command, seconds / 2, folder))
     return found
