@@ -6,19 +6,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import itertools
 import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .machine import HERE, ORDERS, SANITIZERS, Kernel, Schedule, compiled, objects
+from .machine import HERE, ORDERS, SANITIZERS, SCHEDULES, Kernel, Schedule, compiled, objects
 
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0",
@@ -48,6 +47,7 @@ class Case:
     variant: object
     name: str
     text: bytes  # as program.cpp reads it
+    warps: int
     clusters: bool
 
     def run(self, sanitizer: str = "plain", schedule: Schedule = Schedule(), left_out: str = "") -> Run:  # noqa: B008
@@ -92,7 +92,8 @@ def capture(kernel: Kernel, blocks: int, arguments: ctypes.Structure, name: str 
     text += struct.pack(f"{len(owners)}q", *(storages[p].nbytes() for p in owners))
     text += struct.pack(f"{len(pointers)}q", *pointers)
     text += b"".join(ctypes.string_at(p, storages[p].nbytes()) for p in owners)
-    return Case(variant, name or str(variant), text, kernel.machine.capability >= (9, 0))
+    warps = blocks * variant.threads // 32
+    return Case(variant, name or str(variant), text, warps, kernel.machine.capability >= (9, 0))
 
 
 def _tensors() -> list[torch.Tensor]:
@@ -135,19 +136,25 @@ def fixed_addresses() -> list[str]:
         return []
 
 
-def findings(case: Case, schedules: Iterable[Schedule]) -> list[str]:
+def findings(case: Case) -> list[str]:
     """What is wrong with a launch as it is: it has to end in the same bits in every order, and under every sanitizer."""
     first = case.run()
-    wrong = [] if first.outcome == "done" else [f"{case.name}: {first.outcome}: {first.report}"]
-    for sanitizer, schedule in itertools.product(SANITIZERS, schedules):
-        run = case.run(sanitizer, schedule)
-        if not run.same(first):
-            report = run.report if run.outcome != "done" else "other values"
-            wrong.append(f"{case.name}, {sanitizer}, {schedule}: {run.outcome}: {report[:3000]}")
-    return wrong
+    if first.outcome != "done":
+        return [f"{case.name}: {first.outcome}: {first.report}"]
+    starved = [Schedule("starve", warp) for warp in range(min(case.warps, 8))]  # the others do the same in other blocks
+    ways = [("plain", s) for s in (*SCHEDULES[1:], *starved)]
+    ways += [("thread", s) for s in SCHEDULES[:2]] + [("address", SCHEDULES[0])]
+
+    def finding(way: tuple[str, Schedule]) -> str:
+        run = case.run(*way)
+        report = run.report if run.outcome != "done" else "other values"
+        return "" if run.same(first) else f"{case.name}, {way[0]}, {way[1]}: {run.outcome}: {report[:4000]}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [found for found in pool.map(finding, ways) if found]
 
 
-def missed_without(cases: list[Case], schedules: Iterable[Schedule]) -> dict[str, str]:
+def missed_without(cases: list[Case]) -> dict[str, str]:
     """Every synchronising call that any of the cases meets, and how it was missed when it was left out: by the outcome
     or the values of one of the cases in one of the orders, else by the race detector. "" is not at all: it is not needed,
     or the cases are too small to need it.
@@ -156,7 +163,7 @@ def missed_without(cases: list[Case], schedules: Iterable[Schedule]) -> dict[str
     for case, run in zip(cases, whole):
         if run.outcome != "done":
             raise RuntimeError(f"{case.name}: {run.outcome}: {run.report}")
-    ways = [("plain", s) for s in schedules] + [("thread", Schedule())]
+    ways = [("plain", s) for s in SCHEDULES] + [("thread", SCHEDULES[0])]
 
     def missed(site: str) -> str:
         for sanitizer, schedule in ways:

@@ -466,7 +466,9 @@ void build(Machine &m, char *stacks, std::mt19937 &random) {
     b->cluster->blocks.push_back(b.get());
     b->warps = std::make_unique<Warp[]>(how.threads / warp_size);
     for (int w = 0; w < how.threads / warp_size; w++)
-      b->warps[w].meeting.size = b->warps[w].ordered.size = warp_size, b->warps[w].priority = random();
+      b->warps[w].meeting.size = b->warps[w].ordered.size = warp_size,
+      b->warps[w].priority =
+          how.order == Order::Starve ? how.seed != unsigned(i * how.threads / warp_size + w) : random();
     void *memory = nullptr;
     if (posix_memalign(&memory, 128, std::max(how.shared_bytes, 1))) abort();
     b->shared = static_cast<char *>(memset(memory, 0xff, how.shared_bytes)); // NaN
@@ -506,7 +508,7 @@ void run_all(Machine &m, std::mt19937 &random) {
       if (m.fibers[i]->runnable()) ready.push_back(m.fibers[i].get());
     if (ready.empty()) return describe_hang(m);
     if (m.how.order == Order::Random) std::shuffle(ready.begin(), ready.end(), random);
-    if (m.how.order == Order::Priorities) {
+    if (m.how.order >= Order::Priorities) {
       unsigned top = 0;
       for (Fiber *f : ready) top = std::max(top, f->warp().priority);
       ready.erase(std::remove_if(ready.begin(), ready.end(), [&](Fiber *f) { return f->warp().priority != top; }),

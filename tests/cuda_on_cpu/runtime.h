@@ -19,6 +19,7 @@ enum class Order : int {
   RoundRobin, // every thread runs until it has to wait, then the next
   Random,     // likewise, in an order drawn anew in every round
   Priorities, // every warp has a random priority, and runs as long as none above it can: some get far ahead of others
+  Starve,     // one warp runs only when no other can: the one of number `seed`
 };
 
 struct Launch {

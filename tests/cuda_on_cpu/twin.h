@@ -14,7 +14,6 @@
 #define GK_DEVICE inline
 #define GK_UNROLL
 #define GK_LOOP
-#define GK_LOOP
 #ifndef GK_CLUSTERS
 #define GK_CLUSTERS 1 // 0: a GPU before sm_90
 #endif

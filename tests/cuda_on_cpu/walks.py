@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from gradkernels import backends
 from gradkernels.backends import reference
 from gradkernels.backends.cuda import plan
 from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import get
 from tests.close import assert_close_to_truth
-from tests.cuda_on_cpu.machine import Twin
+from tests.cuda_on_cpu.machine import Twin, put_in_place
 from tests.cuda_on_cpu.replay import Case, capture
 from tests.ops import case as ops
 
@@ -55,7 +54,8 @@ class Walk:
 
     def plan(self, machine, cell, number, H, B, which, norms=False):
         blocks = self.teams * self.team
-        return plan.Plan(self.exchange, self.variant(which, norms), blocks, self.team, "it was asked for", (), 0.0)
+        variant = None if self.exchange == "step" else self.variant(which, norms)
+        return plan.Plan(self.exchange, variant, blocks, self.team, "it was asked for", (), 0.0)
 
     def values(self) -> dict[str, torch.Tensor]:
         return self.call.tensors(STORED[self.number], requires_grad=False)
@@ -71,21 +71,23 @@ class Walk:
         found = {f"out[{k}]": v.detach() for k, v in enumerate(out)} | dict(zip(leaves, grads))
         return found | {"norms": grads[-1].to(out[0].dtype)}, cotangents
 
-    def record(self, patch: pytest.MonkeyPatch, machine: Twin) -> list[Case]:
-        """Its launches, after a comparison of everything that they make with the reference."""
-        patch.setattr(plan, "plan", self.plan)
-        patch.setattr(backends, "_chosen", {})
+    def record(self, machine: Twin) -> list[Case]:
+        """Its launches on that machine, after a comparison of everything that they make with the reference."""
         low = self.values()
         truth, cotangents = self.run("reference", {k: v.double() for k, v in low.items()})
         with pytest.MonkeyPatch.context() as rounding:  # after every operation, also in what is wider within
             rounding.setattr(reference, "precise", lambda v: v)
-            theirs, _ = self.run("reference", low, cotangents)
+            # tf32 has the mantissa of fp16
+            rough = {k: v.half() for k, v in low.items()} if self.number == "tf32" else low
+            theirs, _ = self.run("reference", rough, cotangents)
         cases: list[Case] = []
-        machine.watch = lambda kernel, *launch: cases.append(capture(kernel, *launch, f"{self} {kernel.variant.struct}"))
-        ours, _ = self.run("cuda", low, cotangents)
-        machine.watch = None
-        if self.number == "tf32":  # which has the mantissa of fp16
-            half = {k: v.half() for k, v in low.items()}
-            theirs = {k: v.float() for k, v in self.run("reference", half, cotangents)[0].items()}
+        machine.watch = lambda kernel, *launch: cases.append(
+            capture(kernel, *launch, f"{self} {kernel.variant.struct}")
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            put_in_place(machine, patch)
+            patch.setattr(plan, "plan", self.plan)
+            ours, _ = self.run("cuda", low, cotangents)
+        theirs = {k: v.to(ours[k].dtype) for k, v in theirs.items()}
         assert_close_to_truth(ours, theirs, {k: v.double() for k, v in truth.items()}, name=str(self))
         return cases
