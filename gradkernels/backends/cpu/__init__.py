@@ -131,12 +131,12 @@ def backward(
     H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
     shape, GH = x.shape[:-1], weight_hh.shape[0]
     T, steps = _steps(x, B, batch_sizes, lengths)
-    empty, ragged = x.numel() == 0, lengths is not None
+    tokenless, ragged = x.numel() == 0, lengths is not None
     raw, acts = (None if weight_hr is None else saved[cell.S]), saved[-1]
 
     def like(wanted: bool, *size: int, rows: bool = False) -> Tensor | None:
         """A gradient to fill; rows that no step visits and weights that no token reaches are zero."""
-        return empty(x, *(shape if rows else ()), *size, zero=ragged if rows else empty) if wanted else None
+        return empty(x, *(shape if rows else ()), *size, zero=ragged if rows else tokenless) if wanted else None
 
     by_gates = gates or (need[0] and weight_ih is None)
     dgates = like(by_gates, GH, rows=True)
@@ -148,7 +148,7 @@ def backward(
     dw_ih, db_ih = like(weights[1], GH, x.shape[-1]), like(weights[2], GH)
     dw_hh, db_hh, dw_hr = like(weights[3], GH, R), like(weights[4], GH), like(weights[5], R, H)
     size = torch.zeros(T, cell.S + 1, dtype=torch.float64) if norms else None
-    if empty or acts.shape[0] == 0:
+    if tokenless or acts.shape[0] == 0:
         dstate = [torch.zeros_like(s) if g is None else g.clone() for s, g in zip(state, grads[cell.S :])]
     else:
         dstate = [torch.empty_like(s) for s in state]
