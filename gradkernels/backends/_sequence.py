@@ -55,7 +55,7 @@ class Steps:
     rows: Tensor | None = None  # int32 [T] rows of each step in time, never growing; None: B
     first: Tensor | None = None  # int32 [T] the token where a step begins; None: t * B
     order: Tensor | None = None  # int32 [B] column of a row, the longest first; None: the same
-    live: Tensor | None = None  # bool [T, B, 1] which tokens of a padded batch are in a step; None: all
+    dead: Tensor | None = None  # bool [T, B, 1] which tokens of a padded batch are in no step; None: none
 
     @classmethod
     def of(cls, x: Tensor, B: int, batch_sizes: Tensor | None, lengths: Tensor | None, reverse: bool) -> Steps:
@@ -71,9 +71,9 @@ class Steps:
         if lengths.device != device:
             lengths = _upload(lengths, device)
         lengths = lengths.clamp(0, T)  # on a device they are nobody's to read, and so nobody's to refuse
-        live = torch.arange(T, device=device).unsqueeze(1) < lengths
+        dead = torch.arange(T, device=device).unsqueeze(1) >= lengths
         order = lengths.argsort(descending=True, stable=True).to(torch.int32)
-        return cls(T, B, N, reverse, live.sum(1, dtype=torch.int32), None, order, live.unsqueeze(2))
+        return cls(T, B, N, reverse, B - dead.sum(1, dtype=torch.int32), None, order, dead.unsqueeze(2))
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
@@ -92,14 +92,14 @@ def _upload(values: Tensor, device: torch.device) -> Tensor:
     return out
 
 
-def _entering(y: Tensor, h0: Tensor, live: Tensor, reverse: bool) -> Tensor:
+def _entering(y: Tensor, h0: Tensor, dead: Tensor, reverse: bool) -> Tensor:
     """The state that enters each token of a ragged padded batch, [N, R], and zero where there is no step: of y [T, B, R]."""
     if reverse:  # the walk begins in the step after which no other follows
-        after = torch.cat([live[1:], torch.zeros_like(live[:1])])
-        y = torch.where(after, y.roll(-1, 0), h0)
+        last = torch.cat([dead[1:], torch.ones_like(dead[:1])])
+        before = torch.where(last, h0, y.roll(-1, 0))
     else:
-        y = torch.cat([h0.unsqueeze(0), y[:-1]])
-    return torch.where(live, y, 0).flatten(0, 1)
+        before = torch.cat([h0.unsqueeze(0), y[:-1]])
+    return before.masked_fill_(dead, 0).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- precision
@@ -239,9 +239,9 @@ def backward(
                 out.append(dx.view(x.shape))
             # states and inputs of all tokens, zero where no step is: there dgates is zero, but zero times NaN is not
             y, h0, sizes, inputs = seq[0], state[0], None, x
-            if steps is not None and steps.live is not None:
-                y, h0 = _entering(saved[0], h0, steps.live, reverse), None
-                inputs = torch.where(steps.live, x, 0) if need[1] else x
+            if steps is not None and steps.dead is not None:
+                y, h0 = _entering(saved[0], h0, steps.dead, reverse), None
+                inputs = x.masked_fill(steps.dead, 0) if need[1] else x
             elif batch_sizes is not None:
                 sizes = batch_sizes if steps is None else steps.rows
             out += weight_gradients(
