@@ -18,7 +18,7 @@ import torch
 from gradkernels.cells.codegen import device_struct
 
 from . import nvrtc
-from .variant import Variant
+from .variant import Form
 
 OLDEST = (8, 0)  # asynchronous copies, bf16 and tf32 products
 PORTABLE_CLUSTER = 8  # blocks of a cluster on every GPU that has clusters; more must be allowed, and may not fit
@@ -111,7 +111,7 @@ class Machine:
         self._device = check(self._cuda.cuDeviceGet(index))
         self._context = check(self._cuda.cuDevicePrimaryCtxRetain(self._device))  # torch's own
         self._handle = int(self._context)
-        self._kernels: dict[Variant, Kernel] = {}
+        self._kernels: dict[Form, Kernel] = {}
         self._lock = threading.RLock()
         get = lambda what: check(self._cuda.cuDeviceGetAttribute(self._attribute(what), self._device))
         self.name = check(self._cuda.cuDeviceGetName(128, self._device)).partition(b"\0")[0].decode()
@@ -126,7 +126,7 @@ class Machine:
     def _attribute(self, name: str) -> Any:
         return getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
 
-    def kernel(self, variant: Variant) -> Kernel:
+    def kernel(self, variant: Form) -> Kernel:
         """The variant, compiled (or found on disk), loaded, and ready to launch; the same object in every call.
 
         A stream may be capturing meanwhile: nothing of this becomes part of a graph.
@@ -163,10 +163,10 @@ class Machine:
 class Kernel:
     """A variant on a GPU."""
 
-    variant: Variant
+    variant: Form
     spilled: int  # bytes that a thread writes to and reads from memory because registers did not suffice
 
-    def __init__(self, machine: Machine, variant: Variant, compiled: nvrtc.Compiled):
+    def __init__(self, machine: Machine, variant: Form, compiled: nvrtc.Compiled):
         """With the machine setting up."""
         self.variant, self.spilled = variant, compiled.spilled
         self._machine, self._cuda = machine, machine._cuda
@@ -245,7 +245,7 @@ class Kernel:
 class _Launch:
     """A launch configuration and the place that says where the kernel's one argument is."""
 
-    def __init__(self, cuda: ModuleType, variant: Variant):
+    def __init__(self, cuda: ModuleType, variant: Form):
         self.config = config = cuda.CUlaunchConfig()
         self.stream: int | None = None
         self.pointers = (ctypes.c_void_p * 1)()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .driver import Machine
 
 UNITS = 4  # of a thread where rows are aligned to as many: 16 bytes of float
+RESIDENT = 4  # blocks that a multiprocessor has room for: registers are spent on loads under way only as far as that
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class Step:
 
     @property
     def registers(self) -> int:
-        """Of a thread, about: every value of V units at once, and addresses."""
-        c = self.cell
-        return min(255, 40 + self.V * (2 * c.G + 3 * c.S + c.A))
+        """Of a thread, about: most values of V units at once, and addresses."""
+        return 24 + self.V * (self.cell.G + self.cell.S + self.cell.A)
 
     @property
     def template(self) -> str:
@@ -65,7 +65,7 @@ class Step:
             f'#include "{self.header}"\n'
             f"using Kernel = {self.template};\n"
             f"static_assert(Kernel::SHARED_BYTES == {self.shared_bytes} && Kernel::THREADS == {self.threads});\n"
-            f'extern "C" __global__ void __launch_bounds__({self.threads}) run(gk::{self.arguments} p) {{ Kernel::run(p); }}\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {RESIDENT}) run(gk::{self.arguments} p) {{ Kernel::run(p); }}\n'
         )
 
     def blocks(self, rows: int, width: int) -> int:
@@ -165,12 +165,12 @@ def forward(
         v.copy_(s)
 
     given = [gates, b_hh, *seq, *final, raw, acts]  # what is allocated here is aligned
-    kernel = machine.kernel(StepForward(cell, number, units((H, R), given)))
+    variant = StepForward(cell, number, units((H, R), given))
     args = StepForwardArgs(
         walk(steps, H), 0, Stage.CELL, R, address(gates), address(b_hh), address(gate), address(second), addresses(current),
         address(operand) if half else 0, address(wide), addresses(seq), addresses(final), address(raw), address(acts),
     )  # fmt: skip
-    multiply, launch, blocks = product(gates), kernel.launch, kernel.variant.blocks
+    multiply, launch, blocks = product(gates), machine.kernel(variant).launch, variant.blocks
     first, last = w_hh[:KH].t(), (w_hh[KH:] if Q else w_hr)
     last = None if last is None else last.t()
 
@@ -240,8 +240,8 @@ def backward(
     second = new(B, H) if Q or w_hr is not None else None
 
     given = [*grads, raw, acts, *seq, *state, dgates, dr, v, dproj, *dstate]
-    kernel = machine.kernel(StepBackward(cell, number, units((H, R), given)))
-    multiply, launch, blocks = product(dgates), kernel.launch, kernel.variant.blocks
+    variant = StepBackward(cell, number, units((H, R), given))
+    multiply, launch, blocks = product(dgates), machine.kernel(variant).launch, variant.blocks
     parts = None
     if norms is not None:
         parts = norms.new_zeros(steps.T, max(blocks(B, H), blocks(B, R)), S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from gradkernels.cells import Cell
 from gradkernels.cells.codegen import type_name
@@ -13,6 +13,31 @@ LANES = 32
 TILE = 32  # bytes of the contraction that one mma takes
 FRAGMENT = 512  # bytes of 16 rows of a tile, or of 16 x 8 sums in float
 RING = 4  # tiles of the contraction that come from L2 at a time
+
+
+class Form(Protocol):
+    """What the compiler and the driver know of any kernel here; it is hashable, and equal forms are one kernel."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def C(self) -> int:
+        """Blocks of a cluster."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def cooperative(self) -> bool:
+        """Whether it may run only when all of its blocks are resident."""
+        ...
+
+    def source(self) -> str: ...
 
 
 @dataclass(frozen=True)
