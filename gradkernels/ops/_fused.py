@@ -27,6 +27,21 @@ def draw_seed(like: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=like.device)
 
 
+def as_tuple(results):
+    """An operator with one result returns it by itself."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def alone(f):
+    """f, but what is a tuple of one comes by itself."""
+
+    def call(*args):
+        results = f(*args)
+        return results if len(results) > 1 else results[0]
+
+    return call
+
+
 def nothing(like: Tensor) -> Tensor:
     """What an operator returns for a result that nobody wants."""
     return like.new_empty(0)
@@ -67,7 +82,7 @@ class Fused:
         how = ", ".join(f"{kind} {option}" for option, kind in options.items())
         grads = ", ".join(f"Tensor? d_{r}" for r in results)
         after = ", ".join(f"Tensor {o}_" for o in (*results, *kept))
-        many = lambda n: f"({', '.join(['Tensor'] * n)})"
+        many = lambda n: f"({', '.join(['Tensor'] * n)})" if n > 1 else "Tensor"
         tags = (torch.Tag.pt2_compliant_tag,)
         lib.define(f"{name}_forward({given}, {how}, str? backend) -> {many(self.outputs)}", tags=tags)
         lib.define(
@@ -78,8 +93,8 @@ class Fused:
             ("forward", self._forward_op, self._forward_fake),
             ("backward", self._backward_op, self._backward_fake),
         ):
-            lib.impl(f"{name}_{part}", kernel, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"gradkernels::{name}_{part}", empty, lib=lib)
+            lib.impl(f"{name}_{part}", alone(kernel), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"gradkernels::{name}_{part}", alone(empty), lib=lib)
         self.forward_op = getattr(torch.ops.gradkernels, f"{name}_forward").default
         self.backward_op = getattr(torch.ops.gradkernels, f"{name}_backward").default
         self._exported()
@@ -90,7 +105,7 @@ class Fused:
     def __call__(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any], backend: str | None):
         how = tuple(options.values())
         if torch.compiler.is_compiling() or torch._C._is_tracing():
-            return self.forward_op(*tensors, *how, backend)[: self.results]
+            return as_tuple(self.forward_op(*tensors, *how, backend))[: self.results]
         if torch._C._are_functorch_transforms_active() or differentiable(tensors):
             return apply(self.forward_function)((how, backend), *tensors)[: self.results]
         return self.run(tensors, how, backend)[: self.results]
@@ -100,7 +115,7 @@ class Fused:
         if direct(tensors):
             return self._forward_op(*tensors, *how, backend)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.forward_op(*tensors, *how, backend)
+            return as_tuple(self.forward_op(*tensors, *how, backend))
 
     def run_backward(self, grads, tensors, outputs, need, how, backend):
         if torch.compiler.is_compiling():
@@ -150,8 +165,10 @@ class Fused:
             need[j], need[k] = need[j] or need[k], False
         return need, same
 
-    def gradients(self, run, wanted, options):
+    def gradients(self, run, grads, wanted, options):
         """One gradient per tensor, None where not wanted; `run(need)` calls the backward kernel."""
+        if all(g is None for g in grads):
+            return [None] * len(wanted)
         need, same = self.needs(wanted, options)
         got = run(need)
         return [got[same.get(k, k)] if w else None for k, w in enumerate(wanted)]
@@ -163,12 +180,12 @@ class Fused:
         def keep_forward(ctx, inputs, output):
             ctx.how, ctx.backend = inputs[n:-1], inputs[-1]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:n], *output)
+            ctx.save_for_backward(*inputs[:n], *as_tuple(output))
 
         def forward_derivative(ctx, *grads):
             tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
             run = lambda need: self.backward_op(*grads[:r], *tensors, *outputs, need, *ctx.how, ctx.backend)
-            got = self.gradients(run, ctx.needs_input_grad[:n], dict(zip(self.options, ctx.how)))
+            got = self.gradients(run, grads[:r], ctx.needs_input_grad[:n], dict(zip(self.options, ctx.how)))
             return (*got, *[None] * (len(self.options) + 1))
 
         def keep_backward(ctx, inputs, output):
@@ -286,7 +303,7 @@ def _functions(op: Fused):
                 run = lambda need: apply(Backward)((tuple(need), how, backend), *grads, *tensors, *outputs)
             else:
                 run = lambda need: op.run_backward(grads, tensors, outputs, need, how, backend)
-            return None, *op.gradients(run, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
+            return None, *op.gradients(run, grads, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
 
         @staticmethod
         def jvp(ctx, _, *tangents):
