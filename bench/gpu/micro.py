@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.device import dead
+from bench.gpu.device import dead, smi
 from bench.gpu.kernels import (
     NUMBERS,
     Arguments,
@@ -36,6 +35,7 @@ from bench.gpu.kernels import (
 )
 
 REPEAT = 7
+COPIED, WIDE = 2 << 30, 8192  # bytes of a copy, width of large matrices
 LOST = 3  # exit status: the GPU takes nothing more from this process, another one may go on
 
 
@@ -135,7 +135,7 @@ def step_product(device: torch.device, B: int, H: int, G: int, dtype: torch.dtyp
 
 def matrix_product(device: torch.device, number: str) -> dict[str, Any]:
     """GFLOP/s of torch's product of large random matrices: the rate that the large products around a walk can reach."""
-    n, dtype = 8192 if NUMBERS[number].itemsize == 2 else 4096, NUMBERS[number]
+    n, dtype = WIDE * 2 // NUMBERS[number].itemsize, NUMBERS[number]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -150,11 +150,10 @@ def matrix_product(device: torch.device, number: str) -> dict[str, Any]:
 
 def copy(device: torch.device) -> dict[str, Any]:
     """GB/s read and written by a copy far beyond the caches."""
-    size = 2 << 30
-    a, b = torch.ones(size, dtype=torch.uint8, device=device), torch.zeros(size, dtype=torch.uint8, device=device)
+    a, b = (torch.full((COPIED,), v, dtype=torch.uint8, device=device) for v in (1, 0))
     each = [events(lambda: b.copy_(a)) for _ in range(REPEAT + 2)][2:]
     us = statistics.median(each)
-    return {"us": us, "least": min(each), "most": max(each), "gbs": 2e-3 * size / us}
+    return {"us": us, "least": min(each), "most": max(each), "gbs": 2e-3 * COPIED / us}
 
 
 def clock(machine: Any, device: torch.device) -> dict[str, Any]:
@@ -163,14 +162,11 @@ def clock(machine: Any, device: torch.device) -> dict[str, Any]:
     run = launch(machine, part, device)
     brief = events(lambda: run(part.rounds))
     run(int(part.rounds * min(1e5, 3e6 / brief)))  # three seconds
-    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # it counts devices in another order
-    line = ["nvidia-smi", f"--id={which}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    try:
-        found = [float(subprocess.run(line, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise RuntimeError(f"nvidia-smi does not say: {e}") from e
-    finally:
-        torch.cuda.synchronize(device)
+    said = [smi("clocks.sm").get("clocks.sm", "") for _ in range(3)]
+    torch.cuda.synchronize(device)
+    found = [float(text.split()[0]) for text in said if text.endswith("MHz")]
+    if not found:
+        raise RuntimeError("nvidia-smi does not say")
     return {"mhz": statistics.median(found)}
 
 

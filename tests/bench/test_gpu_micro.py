@@ -1,6 +1,10 @@
 """Kernels that measure the parts of a step: right on the twin in every order of threads, compiled for GPUs without spilling."""
 
+import contextlib
 import ctypes
+import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +215,92 @@ def test_rates_follow_from_the_time_of_a_round(monkeypatch):
     found = micro.measure(None, part, torch.device("cpu"))
     assert found["us"] == 2.0  # 8 microseconds for 4 rounds
     assert found["gflops"] == pytest.approx(6 * 2 * 5 * (16 * 8 * 16 * 2) / 2e-6 / 1e9)
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3 + 1e-6
+
+
+class Graph:
+    replays = 0
+
+    def replay(self):
+        Graph.replays += 1
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """torch.cuda as far as the measurements use it, over work that the CPU does."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(micro, "COPIED", 1 << 16)
+    monkeypatch.setattr(micro, "WIDE", 64)
+    return torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_launches_and_room_on_the_twin(faked, monkeypatch):
+    twin = Twin(multiprocessors=4)
+    monkeypatch.setattr(twin, "max_cluster", 4)
+    found = micro.launches(twin, faked)
+    assert min(found.values()) > 0 and set(found) == {"host_us", "us", "graph_us"} and Graph.replays
+    assert sum(blocks == 4 for _, blocks in twin.launches) >= 400
+    assert micro.active(twin) == {
+        "clusters": {"2": {"small": 2, "whole multiprocessors": 2}, "4": {"small": 1, "whole multiprocessors": 1}}
+    }
+
+
+@pytest.mark.slow
+def test_the_clock_is_read_under_load_and_the_load_is_waited_for(faked, monkeypatch):
+    twin, settled = Twin(multiprocessors=1), []
+    monkeypatch.setattr(micro, "tensor_cores", lambda *_: tensor_cores("bf16", 1, 1, 1, 1, 3))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: settled.append(True))
+    monkeypatch.setattr(micro, "events", lambda run: 3e6)
+    answers = iter([{"clocks.sm": "1900 MHz"}, {"clocks.sm": "1980 MHz"}, {"clocks.sm": "1950 MHz"}, {}, {}, {}])
+    monkeypatch.setattr(micro, "smi", lambda query: next(answers))
+    assert micro.clock(twin, faked) == {"mhz": 1950.0} and settled == [True]
+    with pytest.raises(RuntimeError, match="nvidia-smi does not say"):
+        micro.clock(twin, faked)
+    assert settled == [True, True]
+
+
+def test_large_products_and_copies(faked):
+    before = torch.backends.cuda.matmul.allow_tf32
+    for number in NUMBERS:
+        found = micro.matrix_product(faked, number)
+        n = 128 // NUMBERS[number].itemsize
+        assert (
+            found["gflops"] == pytest.approx(2 * n**3 / found["us"] / 1e3)
+            and found["least"] <= found["us"] <= found["most"]
+        )
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+    found = micro.copy(faked)
+    assert found["gbs"] == pytest.approx(2 * 65536 / found["us"] / 1e3)
+    assert micro.step_product(faked, 2, 16, 4, torch.bfloat16)["us"] > 0
+
+
+def test_everything_is_kept_in_a_file_and_not_measured_again(faked, monkeypatch, tmp_path):
+    from gradkernels.backends.cuda import driver
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    machine = SimpleNamespace(name="no GPU", multiprocessors=1, max_cluster=1, shared_bytes=0)
+    monkeypatch.setattr(driver, "machine", lambda device: machine)
+    monkeypatch.setattr(micro, "jobs", lambda *_: iter([({"what": "a"}, lambda: {"us": 1.0})]))
+    path, said = tmp_path / "deep" / "micro.json", []
+    report = micro.everything(path=path, say=said.append)
+    assert report["machine"]["name"] == "no GPU" and report["lost"] is False and len(said) == 1
+    assert json.loads(path.read_text())["records"] == report["records"]
+    micro.everything(path=path, say=said.append)
+    assert len(said) == 1
