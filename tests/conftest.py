@@ -15,7 +15,7 @@ collect_ignore = [] if place.GPU else ["nn/test_gpu.py"]
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is about the CPU runs there, and what a backend does not compute is no test of it."""
+    """Drops what is about the CPU elsewhere, and what a backend does not compute."""
 
     def wanted(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
@@ -27,8 +27,16 @@ def pytest_collection_modifyitems(config, items):
         wide = item.get_closest_marker("float64") or torch.float64 in given.values()
         return not (wide and name and place.why_not(name, where, torch.float64))
 
+    def turn(item):
+        """Tests of a GPU in the order of what they can find, should time be short."""
+        if not item.get_closest_marker("gpu"):
+            return 0
+        given = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        name = given[0] if isinstance(given, tuple) else given
+        return 1 if item.path.name == "test_gpu.py" else {"cuda": 2, None: 3, "triton": 4}.get(name, 5)
+
     every = list(items)
-    items[:] = filter(wanted, every)
+    items[:] = sorted(filter(wanted, every), key=turn)
     if left_out := set(every) - set(items):
         config.hook.pytest_deselected(items=list(left_out))
 

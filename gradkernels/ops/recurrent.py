@@ -47,7 +47,8 @@ def recurrent(
 
     Args:
         x: input ``[T, B, I]``; ``[N, I]`` with ``batch_sizes``; the gates ``[.., G*H]`` already projected when ``weight_ih`` is
-            None. float32, float64, bfloat16 or float16, like every other tensor here; 16-bit storage is computed in float32.
+            None. float32, float64, bfloat16 or float16, like every other tensor here; 16-bit storage is computed in float32. On a
+            GPU products of float32 are tf32 where ``torch.backends.cudnn`` allows it, as it does unless told otherwise.
         weight_hh: recurrent weight ``[G*H, R]``; R is H, or the rows of ``weight_hr``.
         state: the cell's S initial states, ``[B, R]`` the first and ``[B, H]`` the others; zeros when None.
         weight_ih, bias_ih, bias_hh: input weight ``[G*H, I]``, biases ``[G*H]``; each may be None.
