@@ -257,12 +257,14 @@ private:
     const X *w = static_cast<const X *>(p.w_hh);
     const int width = units(), unit0 = (SPLIT > 1 ? member - gather.rank : member) * U + wm() * OCTETS * 8;
     const int k0 = gather.k0 + wk() * K_TILES * values_of_tile<X>;
-    matrix.load(shared_memory, global_memory, [=](int group, int row, int k) {
+    const auto word = [=](int group, int row, int k) {
       constexpr int gates = gate0 ? G2 : G1;
       const int u = unit0 + group / gates * 8 + row;
       const X *from = w + (int64(gate0 + group % gates) * width + u) * width;
       return u < width ? word_of_row<aligned>(from, k0 + k, width) : 0;
-    });
+    };
+    matrix.template load<Gather::AT_SIGNALS - AT_SUMS>(shared_memory, global_memory, word, shared() + AT_SUMS);
+    block_sync(); // what it went through is written by other warps from here on
   }
 
   GK_DEVICE void load_bias() {
