@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,14 +18,16 @@ import os
 import re
 import subprocess
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradkernels.cells.codegen import device_struct
+from tests.csrc.test_sanitizers import need
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
@@ -236,19 +239,28 @@ def _version() -> bytes:
     return subprocess.run([*COMPILER, "--version"], check=True, capture_output=True).stdout
 
 
-def put_in_place(machine: Twin, patch: pytest.MonkeyPatch) -> None:
-    """`backend="cuda"` takes CPU tensors and launches there, until the patch is undone."""
+@contextlib.contextmanager
+def in_place(machine: Twin) -> Iterator[None]:
+    """Within, `backend="cuda"` takes CPU tensors and launches on that machine, and fresh memory is full of NaN."""
     from gradkernels import backends
     from gradkernels.backends.cuda import driver
 
-    patch.setattr(driver, "machine", lambda device: machine)
-    patch.setattr(driver, "why_not", lambda device: None)
-    patch.setattr(backends, "_chosen", {})  # what it remembers of other tests
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "machine", lambda device: machine)
+        patch.setattr(driver, "why_not", lambda device: None)
+        patch.setattr(backends, "_chosen", {})  # what it remembers of other tests
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture
-def twin(monkeypatch) -> Twin:
+def twin() -> Iterator[Twin]:
     """The machine of every device, for one test."""
+    need("address")
     machine = Twin()
-    put_in_place(machine, monkeypatch)
-    return machine
+    with in_place(machine):
+        yield machine

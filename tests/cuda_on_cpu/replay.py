@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from tests.csrc.test_sanitizers import fixed_addresses
+
 from .machine import HERE, ORDERS, SANITIZERS, SCHEDULES, Kernel, Schedule, compiled, objects
 
 OPTIONS = {
@@ -123,17 +125,6 @@ def program(sanitizer: str) -> Path:
     return compiled(
         [HERE / "program.cpp", HERE / "runtime.h"], [*flags, HERE / "program.cpp", "-ldl"], f"program-{sanitizer}"
     )
-
-
-@functools.cache
-def fixed_addresses() -> list[str]:
-    """What to start a program with so that its addresses are not random: the thread sanitizer of older compilers cannot
-    start among the many random bits of newer kernels."""
-    prefix = ["setarch", "-R"]
-    try:
-        return prefix if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode == 0 else []
-    except OSError:
-        return []
 
 
 def findings(case: Case) -> list[str]:

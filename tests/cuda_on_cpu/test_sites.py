@@ -82,7 +82,16 @@ def test_every_site(which, recorded):
     assert not [site for site, how in found.items() if not how]
 
 
-def test_kernels_that_are_not_all_resident(recorded):
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_banks(walk, recorded):
+    """No load_tiles has to go to shared memory twice for one tile."""
+    machine = Twin()
+    walk.record(machine)
+    assert [machine.kernel(variant).bank_conflicts for variant, _ in machine.launches] == [0, 0]
+
+
+def test_kernels_that_are_not_all_resident():
     walk = next(w for w in WALKS if w.exchange == "grid")
     with pytest.raises(
         Hang, match="block 3, .* not started: only 3 blocks are resident\n.* wait_reached for 4, reached is 3"

@@ -13,7 +13,7 @@ from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import get
 from tests.close import assert_close_to_truth
-from tests.cuda_on_cpu.machine import Twin, put_in_place
+from tests.cuda_on_cpu.machine import Twin, in_place
 from tests.cuda_on_cpu.replay import Case, capture
 from tests.ops import case as ops
 
@@ -84,8 +84,7 @@ class Walk:
         machine.watch = lambda kernel, *launch: cases.append(
             capture(kernel, *launch, f"{self} {kernel.variant.struct}")
         )
-        with pytest.MonkeyPatch.context() as patch:
-            put_in_place(machine, patch)
+        with in_place(machine), pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "plan", self.plan)
             ours, _ = self.run("cuda", low, cotangents)
         theirs = {k: v.to(ours[k].dtype) for k, v in theirs.items()}
