@@ -190,7 +190,8 @@ class Kernel:
         try:
             with self._machine.setting_up():
                 if v.C > 1:
-                    return check(cuda.cuOccupancyMaxActiveClusters(self._function, self._launch().config))
+                    clusters = _Launch(cuda, v, False).config
+                    return check(cuda.cuOccupancyMaxActiveClusters(self._function, clusters))
                 blocks = cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, v.threads, v.shared_bytes)
                 return check(blocks) * self._machine.multiprocessors
         except RuntimeError as e:
@@ -232,7 +233,7 @@ class Kernel:
         try:
             return self._thread.launch
         except AttributeError:
-            self._thread.launch = _Launch(self._cuda, self.variant)
+            self._thread.launch = _Launch(self._cuda, self.variant, self.variant.cooperative)
             return self._thread.launch
 
     def _asked(self) -> str:
@@ -245,7 +246,7 @@ class Kernel:
 class _Launch:
     """A launch configuration and the place that says where the kernel's one argument is."""
 
-    def __init__(self, cuda: ModuleType, variant: Form):
+    def __init__(self, cuda: ModuleType, variant: Form, cooperative: bool):
         self.config = config = cuda.CUlaunchConfig()
         self.stream: int | None = None
         self.pointers = (ctypes.c_void_p * 1)()
@@ -259,7 +260,7 @@ class _Launch:
             a.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = variant.C, 1, 1
             attributes.append(a)
-        if variant.cooperative:
+        if cooperative:
             a = cuda.CUlaunchAttribute()
             a.id, a.value.cooperative = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE, 1
             attributes.append(a)

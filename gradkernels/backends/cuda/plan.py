@@ -63,9 +63,9 @@ class Candidate:
 
     def __str__(self) -> str:
         v = self.variant
-        form = f"cluster of {v.C}" if v.exchange == "cluster" else f"grid of {self.team}"
+        form = f"{v.exchange} of {self.team} blocks" if self.team > 1 else "block by itself"
         joined = f" in clusters of {v.C}" if v.exchange == "grid" and v.C > 1 else ""
-        return f"{form} blocks{joined}, {v.U} units each, tiles of {v.N} rows, {v.threads} threads"
+        return f"{form}{joined}, {v.U} units each, tiles of {v.N} rows, {v.threads} threads"
 
 
 def plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, norms: bool = False) -> Plan:

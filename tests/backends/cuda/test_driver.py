@@ -71,7 +71,7 @@ def test_loading(launched, name, shared, allowed):
     ("name", "count", "call"),
     [
         ("cluster of 16", 7, "ActiveClusters grid=16 block=256 shared=204800 stream=(nil) attribute4=16"),
-        ("grid of clusters of 4", 7, "ActiveClusters grid=4 block=256 shared=0 stream=(nil) attribute4=4 attribute2=1"),
+        ("grid of clusters of 4", 7, "ActiveClusters grid=4 block=256 shared=0 stream=(nil) attribute4=4"),
         ("grid", 264, "ActiveBlocksPerMultiprocessor block=256 shared=61440"),
     ],
 )
