@@ -156,10 +156,10 @@ private:
   // Tiles from number BEGIN on to registers, so many at once through `stage`.
   template <int BEGIN, int AT_ONCE, class F> GK_DEVICE void load_through(Chunk *stage, F tile) {
     constexpr int TILES = KEPT * M_TILES, END = BEGIN + AT_ONCE < TILES ? BEGIN + AT_ONCE : TILES;
-    GK_LOOP for (int at = BEGIN; at < END; at += 2) {
-      const Chunk a = tile(at % M_TILES, at / M_TILES);
-      if (at + 1 < END) stage[(at + 1 - BEGIN) * 32] = tile((at + 1) % M_TILES, (at + 1) / M_TILES);
-      stage[(at - BEGIN) * 32] = a;
+    GK_LOOP for (int at = BEGIN; at < END; at += 4) { // four at a time hide much of what it takes to load one
+      Chunk four[4];
+      GK_UNROLL for (int i = 0; i < 4; i++) if (at + i < END) four[i] = tile((at + i) % M_TILES, (at + i) / M_TILES);
+      GK_UNROLL for (int i = 0; i < 4; i++) if (at + i < END) stage[(at + i - BEGIN) * 32] = four[i];
     }
     GK_UNROLL for (int at = BEGIN; at < END; at++) keep(at % M_TILES, at / M_TILES, stage[(at - BEGIN) * 32]);
     if constexpr (END < TILES) load_through<END, AT_ONCE>(stage, tile);

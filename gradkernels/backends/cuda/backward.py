@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .variant import BYTES, FRAGMENT, TILE, Variant
 
-COUNTED = 1 << 20  # bytes that a signal of a cluster can wait for, less one
-STATE_BYTES = 8  # of a squared norm
+COUNTED = 1 << 20  # bytes that a signal can wait for, and one more
+NORM_BYTES = 8  # of a squared norm
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,17 @@ class Backward(Variant):
             if self.C > 1 and self.WK > 1:  # partial sums of warps
                 total += self.WK * self.C * items * FRAGMENT // 2
         total += self.halves * (self.C if self.C > 1 else self.WK) * items * FRAGMENT // 2 + 16 * (self.C > 1)
-        return total + STATE_BYTES * self.halves * self.WM * self.WK * self.cell.S * self.NORMS
+        return total + NORM_BYTES * self.halves * self.WM * self.WK * self.cell.S * self.NORMS
 
     def exchange_bytes(self, team: int) -> int:
+        """As of any variant.
+
+        Raises:
+            ValueError: a grid of more blocks than H units have gradients to publish for."""
+        if self.exchange == "grid" and team > self.C * self.senders:
+            raise ValueError(
+                f"{team} blocks of {self.U} units share {self.H} units; {self.C * self.senders} are enough"
+            )
         published = 2 * self.N * self.C * self.senders * max(self.products) * self.U * BYTES[self.number]
         streamed = sum(self.streamed(self.groups, self.k_tiles(gates)) for gates in self.products)
         return (published if self.exchange == "grid" else 0) + team * streamed
