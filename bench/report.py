@@ -44,7 +44,7 @@ def blank(case: Case) -> dict[str, Any]:
         "algorithm": None,
         "agreement": None,
         "error": None,
-        **({} if case.device == "cpu" else {"absent": {}, "plan": None}),
+        **({} if case.device == "cpu" else {"absent": {}, "looser": {}, "plan": None}),
     }
 
 

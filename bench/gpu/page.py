@@ -53,7 +53,8 @@ def head(report: dict[str, Any]) -> list[str]:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """By which plan ours ran, and who was to be timed along and could not be."""
+    """By which plan ours ran, who was to be timed along and could not be, and whose numbers are further off than ours may be."""
     found = [f"* {r['name']}: {r['plan']}" for r in rows if r.get("plan")]
     found += [f"* {r['name']}, not timed: {label(k)}, {why}" for r in rows for k, why in r.get("absent", {}).items()]
+    found += [f"* {r['name']}, {label(k)} is less exact: {why}" for r in rows for k, why in r.get("looser", {}).items()]
     return ["How ours ran:", "", *found, ""] if found else []

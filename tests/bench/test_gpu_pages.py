@@ -42,7 +42,9 @@ def test_the_gpu_the_versions_and_the_limits_are_named(gpu_report):
 def test_markdown_holds_every_row_and_how_it_ran(gpu_report):
     row = gpu_report["rows"][0]
     row["absent"] = {"ours:exchange=grid": "RuntimeError: no plan", "flashrnn": "ImportError: no nvcc"}
+    row["looser"] = {"torchrl": "outputs is off by 1e-2"}
     page = table.markdown(gpu_report)
+    assert f"* {row['name']}, TorchRL is less exact: outputs is off by 1e-2" in page
     assert page.startswith("# Recurrent layers on Example(R) GPU 9000\n")
     for r in gpu_report["rows"]:
         assert f"| {r['name']} |" in page
