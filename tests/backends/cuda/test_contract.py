@@ -178,6 +178,21 @@ def same_bits(case, machine):
     assert [k for k in plain if not torch.equal(first[k], plain[k])] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_as_planned(capability, on_twin):
+    """By the planner's own choice, on a GPU without clusters and on one with them; the kernels run that it tells of."""
+    on_twin.capability = capability
+    case = Case("lstm", T=3, B=9, I=3, H=33, layout="lengths")
+    check(case)
+    forms = {type(variant): variant for variant, _ in on_twin.launches}
+    assert set(forms) == {Forward, Backward}
+    told = cuda.explain(CELLS["lstm"], 33, 9, torch.float32, "cpu")
+    assert told.startswith(f"lstm, 33 units, 9 rows, fp32 on twin (sm_{capability[0]}{capability[1]},")
+    for which, variant in (("forward", forms[Forward]), ("backward", forms[Backward])):
+        assert f"{which}: {variant.exchange}: " in told and f"each of {variant.threads} threads" in told
+
+
 # ---------------------------------------------------------------- step by step
 
 STEPWISE = [
