@@ -255,11 +255,7 @@ def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pict
         peers = sorted({f"{r['results'][r['peer']]['label']}: {r['algorithm']}" for r in rows if r.get("algorithm")})
         if peers and not any(r["peer"].startswith("ours") for r in rows):
             out += [f"The peer's algorithm: {'; '.join(peers)}.", ""]
-        notes = [f"* {r['name']}: {r['plan']}" for r in rows if r.get("plan")]
-        notes += [
-            f"* {r['name']}, not timed: {label(k)}, {why}" for r in rows for k, why in r.get("absent", {}).items()
-        ]
-        out += ["How ours ran:", "", *notes, ""] if notes else []
+        out += page.notes(rows)
     missed = [r for r in report["rows"] if r.get("met") is False]
     if missed:
         out += ["## Rows that are short, and why", ""]
