@@ -1,6 +1,6 @@
 """Triton kernels for GPUs of any vendor that Triton supports; Triton's interpreter runs them on the CPU.
 
-A walk over the steps is one kernel for few units, and one launch or two per step for any number of them; `walk.py` chooses.
+A walk over the steps is one kernel for few units, and one launch or two per step for any number of them; `launch.py` chooses.
 Both are generic over the cell, whose printed functions they are given. Triton is imported when a kernel is asked for.
 """
 

@@ -20,7 +20,9 @@ from gradkernels.backends._sequence import tf32
 from gradkernels.cells import Cell
 
 ROWS = 16  # the least that tensor cores take
-TILES = ((128, 32), (64, 32), (32, 32), (32, 16), (16, 16))  # rows x units of a program, the least traffic first
+TILES = [(BM, BU) for BM in (16, 32, 64, 128) for BU in (16, 32)]  # rows x units of a program
+L2_BYTES = 64  # a clock from L2 into a multiprocessor,
+L2_SHARE = 0.4  # and which share of all of them can have that at once
 PLAIN_BYTES = 16 << 10  # of a matrix whose products are unrolled into single operations
 
 # ---------------------------------------------------------------- what there is
@@ -33,13 +35,21 @@ class Number:
     bytes: int
     accumulator: torch.dtype
     precision: str  # of tl.dot; products of 16-bit values and of float64 have only one
-    tensor_cores: bool
+    products: int  # of a multiprocessor in a clock, about
+    largest: int  # rows x units of a tile whose planes fit into registers
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Number:
-        precision = "tf32" if dtype is torch.float32 and tf32() else "ieee"
-        wide = dtype if dtype is torch.float64 else torch.float32
-        return cls(dtype.itemsize, wide, precision, dtype.itemsize == 2 or precision == "tf32")
+        if dtype is torch.float64:
+            return cls(8, torch.float64, "ieee", 64, 32 * 16)
+        if dtype.itemsize == 2:
+            return cls(2, torch.float32, "ieee", 1024, 128 * 32)
+        return cls(4, torch.float32, "tf32", 512, 128 * 32) if tf32() else cls(4, torch.float32, "ieee", 128, 32 * 32)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether a product is one operation for a warp, of whatever size, and not one for every factor."""
+        return self.products > 128
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -63,7 +73,7 @@ class Limits:
 def limits() -> Limits:
     """Those of the current device; in the interpreter, which has none, those of a small one."""
     if isinstance(tl.zeros, InterpretedFunction):
-        return Limits(64 << 10, 1, False)
+        return Limits(64 << 10, 64, False)
     return _limits(triton.runtime.driver.active.get_current_device())
 
 
@@ -112,13 +122,20 @@ class Tile:
 
 
 def tile(B: int, units: int, K: int, planes: int, number: Number, at: Limits) -> Tile:
-    """The largest tile that is not mostly empty and leaves work for most multiprocessors.
+    """The tile that the busiest of three takes the fewest clocks for: L2, the way from there, the arithmetic.
 
     Chunks on their way are to fill half of shared memory, so that two programs fit into a multiprocessor."""
-    for BM, BU in TILES if number.tensor_cores else TILES[2:] if number.bytes == 4 else TILES[3:]:
-        grid = (triton.cdiv(units, BU), triton.cdiv(B, BM), 1)
-        if BM < 2 * B and grid[0] * grid[1] * 4 >= at.multiprocessors * 3:
-            break
+
+    def clocks(size: tuple[int, int]) -> float:  # for each value of a row
+        rows, columns = size[0], planes * size[1]
+        programs = triton.cdiv(B, rows) * triton.cdiv(units, size[1])
+        rounds, lines = triton.cdiv(programs, at.multiprocessors), (rows + columns) * number.bytes / L2_BYTES
+        return max(
+            programs / at.multiprocessors * lines / L2_SHARE, rounds * lines, rounds * rows * columns / number.products
+        )
+
+    BM, BU = min(((m, u) for m, u in TILES if m < 2 * max(B, ROWS) and m * u <= number.largest), key=clocks)
+    grid = (triton.cdiv(units, BU), triton.cdiv(B, BM), 1)
     BK = number.chunk(K)
     chunks = at.shared // 2 // ((BM + planes * BU) * BK * number.bytes)
     chosen = options(8 if BM * BU > 2048 else 4) | {"num_stages": min(max(chunks + 1, 2), 5)}
@@ -137,7 +154,7 @@ class Launch:
     """A kernel with all its arguments but the first, the number of the step.
 
     The first call goes Triton's way, which compiles. The others go straight to what was compiled, with addresses in place of
-    tensors: all else is the same, and looking at it again would take longer than the step."""
+    tensors: all else is the same, and to look at it again takes 14 microseconds where this takes 3."""
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], chosen: dict[str, Any]):
         self.kernel, self.grid, self.options = kernel, grid, chosen

@@ -4,14 +4,14 @@ A program has BM rows of the batch and BU units with all their gates, so that wh
 pre-activation of its units and the cell runs on the spot; gates never travel through memory. Where a cell has a second
 product or a projection, which need all units of the first, a step is two launches.
 
-Counted per step, e bytes a value, P = B/BM * H/BU programs:
+Counted per step, e bytes a value:
     forward   2 B G H R operations; from L2: B/BM times the matrix (G H R e) and H/BU times the state (B R e);
               from memory: gates B G H e in, y and what is kept out (B (1 + A) H e), fp32 states of a program's own tile
-    backward  as many operations; R/BU times the gate gradients (B G H e), B/BM times the matrix
-With B = 64, H = R = 1024, an LSTM in 16 bits and tiles of 32 x 16: 0.54 GFLOP and 24 MB from L2 forward, so L2 bounds it: some
-5 microseconds at 5 TB/s. Larger tiles lower the traffic until programs are fewer than multiprocessors, and that is the rule
-in `walk.py`. All a step needs besides its number is the same in every launch, so that a graph holds it and nothing is
-compiled again for another batch or length.
+    backward  as many operations; from L2: R/BU times the gate gradients (B G H e) and B/BM times the matrix
+With B = 64, H = R = 1024, an LSTM in 16 bits, forward, tiles of 64 x 16: 0.54 GFLOP and 16 MB from L2, which bounds it: some 3
+microseconds at 5 TB/s, where tiles of 32 x 16 would take 24 MB, and 64 x 32 leave three quarters of the GPU idle.
+`launch.tile` weighs this. All that a step needs besides its number is the same in every launch: a graph can hold it, nothing
+is compiled again for another batch or length, and where the GPU can, a launch is set up while the one before ends.
 
 BPTT has the product first: program (rows, units) of step i multiplies the gate gradients of step i + 1, which earlier
 launches have written, adds what reaches these states besides, and runs the cell's backward. After the last step one more

@@ -16,7 +16,10 @@ LAYOUTS = ("dense", "packed", "lengths")
 NUMBERS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 SMALL = {"bf16": 64, "fp16": 63, "tf32": 32, "fp32": 16, "fp64": 16}  # units of which one program keeps the matrix
 BATCHES = (64, 16, 1024)
-SPILLED = 128, 8  # bytes of a thread: in the largest tiles, where it is little beside the chunks; elsewhere a frame of one value
+SPILLED = (
+    128,
+    8,
+)  # bytes of a thread: in the largest tiles, where it is little beside the chunks; elsewhere a frame of one value
 
 shift = 1 if triton.__version__ < "3.7" else 0
 KINDS = [
