@@ -180,7 +180,9 @@ def _object(variant, sanitizer: str, clusters: bool) -> Path:
     )
     # Like NVRTC: what a template names in a branch that is not taken need not be there.
     flags = [*FLAGS, *SANITIZERS[sanitizer], *([] if clusters else ["-DGK_CLUSTERS=0", "-fpermissive"])]
-    parts = [_runtime("runtime.cpp"), *([_runtime("undefined.cpp")] if sanitizer == "plain" else [])]
+    parts = [
+        _runtime(n) for n in ("runtime.cpp", "scheduler.cpp", *(("undefined.cpp",) if sanitizer == "plain" else ()))
+    ]
     made_of = [text, cells, *flags, sorted(_headers(text + cells).items()), *map(str, parts)]
     key = hashlib.sha256(repr(made_of).encode() + _version())
     folder = BUILD / key.hexdigest()[:24]
@@ -199,7 +201,9 @@ def _object(variant, sanitizer: str, clusters: bool) -> Path:
 
 def _runtime(name: str) -> Path:
     """Never instrumented: a race detector is to see the kernel alone."""
-    return compiled([HERE / name, HERE / "runtime.h"], [*FLAGS, "-O2", "-c", HERE / name], f"{Path(name).stem}.o")
+    return compiled(
+        [HERE / name, HERE / "runtime.h", HERE / "state.h"], [*FLAGS, "-O2", "-c", HERE / name], f"{Path(name).stem}.o"
+    )
 
 
 def compiled(sources: list[Path], arguments: list, name: str) -> Path:

@@ -1,5 +1,5 @@
 // The machine behind twin.h: every GPU thread is a fiber of one OS thread, so that a run is deterministic and its order
-// is ours to choose. runtime.cpp has the scheduler, and faults for what a GPU leaves undefined.
+// is ours to choose. What a GPU leaves undefined is a fault.
 #pragma once
 
 extern "C" { // of ThreadSanitizer; null without it
