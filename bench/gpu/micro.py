@@ -235,8 +235,8 @@ def take(
         save()
         try:
             record["found"], record["error"] = job(), None
-        except (RuntimeError, ValueError, Wrong) as e:
-            record["error"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        except (RuntimeError, ValueError, OSError, Wrong) as e:
+            record["error"] = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         save()
         say(said(record))
         if record["error"] and dead():

@@ -141,8 +141,19 @@ def sanitizer(seconds: float, folder: Path) -> list[Outcome]:
     return found
 
 
-def again(section: str, command: Sequence[str], end: float, folder: Path, timed: bool = False) -> list[Outcome]:
-    """By as many processes as it takes: each goes on where the one before was lost. timed: tell it how many minutes it has."""
+def lost(done: Outcome, path: Path) -> bool:
+    """Whether a process has ended before it was through: by us, by a signal, for want of a GPU, or in the middle of a row."""
+    if done.ended or done.said == f"exit status {AGAIN}" or done.said.startswith("SIG"):
+        return True
+    return path.exists() and json.loads(path.read_text()).get("running") is not None
+
+
+def again(
+    section: str, command: Sequence[str], end: float, folder: Path, path: Path, timed: bool = False
+) -> list[Outcome]:
+    """By as many processes as it takes: each goes on where the one before was lost.
+
+    path: what it writes; timed: tell it how many minutes it has."""
     found: list[Outcome] = []
     for _ in range(RESTARTS):
         left = end - time.monotonic()
@@ -151,24 +162,26 @@ def again(section: str, command: Sequence[str], end: float, folder: Path, timed:
         more = ["--minutes", str(max(left - 20, 1) / 60)] if timed else []
         done = run(section, [*command, *more], left, folder)
         found.append(done)
-        if not (done.ended or done.said == f"exit status {AGAIN}" or done.said.startswith("SIG")):
+        if not lost(done, path):
             break
     return found
 
 
 def micro(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
-    command = [sys.executable, "-m", "bench.gpu.micro", "--json", str(folder / "micro.json"), *["--quick"] * o.quick]
-    return again("micro", command, end, folder)
+    path = folder / "micro.json"
+    command = [sys.executable, "-m", "bench.gpu.micro", "--json", str(path), *["--quick"] * o.quick]
+    return again("micro", command, end, folder, path)
 
 
 def rows(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
-    files = ["--json", str(folder / "recurrent-gpu.json"), "--micro", str(folder / "micro.json")]
+    path = folder / "recurrent-gpu.json"
+    files = ["--json", str(path), "--micro", str(folder / "micro.json")]
     command = [sys.executable, "bench/run.py", "recurrent-gpu", "--resume", *files]
     command += ["--budget", "0.4" if o.quick else "1.0", "--repeat", "3"]
     command += ["--variants"] * o.variants + ["--quick"] * o.quick
     for name, values in (("--filter", o.filter), ("--try", o.tries)):
         command += [word for value in values for word in (name, value)]
-    return again("rows", command, end, folder, timed=True)
+    return again("rows", command, end, folder, path, timed=True)
 
 
 def tables(folder: Path) -> None:

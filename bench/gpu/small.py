@@ -22,9 +22,9 @@ def main() -> int:
             build(case, f"ours:{pick}").run()
             torch.cuda.synchronize()
             print(f"{case.name} by {pick}: ran", flush=True)
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             failed += 1
-            print(f"{case.name} by {pick}: {str(e).splitlines()[0]}", flush=True)
+            print(f"{case.name} by {pick}: {type(e).__name__}: {str(e).partition(chr(10))[0]}", flush=True)
     return int(failed > 0)
 
 

@@ -91,7 +91,18 @@ def along(row: dict[str, Any], case: Case, key: str, seen: dict[Case, dict[str, 
 
 
 def measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[Case, dict[str, object]]) -> None:
-    """Fills the row. Who is timed along and cannot run is in `absent` with the reason; everybody else must."""
+    """Fills the row. Who is timed along and cannot run is in `absent` with the reason; everybody else must.
+
+    Disagreement, as `agree` raises it; RuntimeError for whatever else goes wrong, be it a compiler's own kind of error."""
+    try:
+        _measure(row, case, o, seen)
+    except (Disagreement, RuntimeError):
+        raise
+    except Exception as e:
+        raise RuntimeError(f"{type(e).__name__}: {e}") from e
+
+
+def _measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[Case, dict[str, object]]) -> None:
     import gradkernels
 
     with products(case):
@@ -103,8 +114,8 @@ def measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[C
         for key in case.providers[2:]:
             try:
                 found[key] = along(row, case, key, seen)
-            except (RuntimeError, ValueError, ImportError, NotImplementedError, Disagreement) as e:
-                row["absent"][key] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+            except Exception as e:  # it is in the row, and the others go on
+                row["absent"][key] = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
                 if why := dead():
                     raise RuntimeError(f"after {key}: {why}") from e
         calls = [p.run for p in found.values()]

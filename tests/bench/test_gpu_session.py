@@ -75,6 +75,15 @@ def test_rows_go_on_after_a_lost_gpu_and_stop_when_they_are_through(tmp_path, mo
     assert bench_run.DEAD == session.AGAIN
 
 
+def test_a_process_that_ends_within_a_row_is_followed_by_another(tmp_path):
+    path, done = tmp_path / "rows.json", Outcome("rows", 1.0, "exit status 1", False)
+    assert not session.lost(done, path)
+    path.write_text(json.dumps({"running": None}))
+    assert not session.lost(done, path)
+    path.write_text(json.dumps({"running": "lstm 1,2,3 training"}))
+    assert session.lost(done, path)
+
+
 def test_no_process_is_begun_when_the_time_is_over(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "run", lambda *_: pytest.fail("begun"))
     assert session.rows(session.arguments([]), time.monotonic() + 5, tmp_path) == []

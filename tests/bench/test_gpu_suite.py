@@ -100,6 +100,18 @@ def test_numbers_that_disagree_leave_out_one_who_is_timed_along(here, monkeypatc
     }
 
 
+def test_a_compilers_own_kind_of_error_is_an_error_of_the_row(here, monkeypatch):
+    class CompilationError(Exception):
+        pass
+
+    def fail(*_):
+        raise CompilationError("at 3:14")
+
+    monkeypatch.setattr(suite, "agree", fail)
+    row = run.measure(ROW, run.arguments(command("x")), {})
+    assert row["error"] == "RuntimeError: CompilationError: at 3:14"
+
+
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, tmp_path):
     todo = [replace(ROW, T=t) for t in (1, 2, 3, 4)]
     report, o = {"rows": [], "limits": {}, "machine": {"has": []}}, run.arguments(["recurrent-gpu"])
@@ -160,7 +172,7 @@ def test_small_layers_by_every_plan(here, monkeypatch, capsys):
 
     monkeypatch.setattr(small, "build", Fake)
     assert small.main() == 1
-    assert len(ran) == 2 * len(small.PICKS) and capsys.readouterr().out.count(": no room") == 2
+    assert len(ran) == 2 * len(small.PICKS) and capsys.readouterr().out.count(": RuntimeError: no room\n") == 2
 
 
 def test_picks_leave_the_planner_as_it_was(twin):  # noqa: F811
