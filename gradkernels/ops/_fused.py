@@ -42,6 +42,11 @@ def alone(f):
     return call
 
 
+def cut(values, n):
+    """The first n and the others, of tensors that may be unpacked only once."""
+    return values[:n], values[n:]
+
+
 def nothing(like: Tensor) -> Tensor:
     """What an operator returns for a result that nobody wants."""
     return like.new_empty(0)
@@ -183,7 +188,7 @@ class Fused:
             ctx.save_for_backward(*inputs[:n], *as_tuple(output))
 
         def forward_derivative(ctx, *grads):
-            tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            tensors, outputs = cut(ctx.saved_tensors, n)
             run = lambda need: self.backward_op(*grads[:r], *tensors, *outputs, need, *ctx.how, ctx.backend)
             got = self.gradients(run, grads[:r], ctx.needs_input_grad[:n], dict(zip(self.options, ctx.how)))
             return (*got, *[None] * (len(self.options) + 1))
@@ -194,7 +199,7 @@ class Fused:
             ctx.save_for_backward(*inputs[: r + n])
 
         def backward_derivative(ctx, *cotangents):
-            grads, tensors = ctx.saved_tensors[:r], ctx.saved_tensors[r:]
+            grads, tensors = cut(ctx.saved_tensors, r)
             got = self.pull_backward(grads, tensors, ctx.need, dict(zip(self.options, ctx.how)), cotangents)
             return (*got, *[None] * (self.outputs + len(self.options) + 2))
 
@@ -297,7 +302,7 @@ def _functions(op: Fused):
         @staticmethod
         def backward(ctx, *grads):
             how, backend = ctx.how
-            tensors, outputs = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            tensors, outputs = cut(ctx.saved_tensors, n)
             grads = grads[:r]
             if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
                 run = lambda need: apply(Backward)((tuple(need), how, backend), *grads, *tensors, *outputs)
@@ -340,7 +345,7 @@ def _functions(op: Fused):
         @staticmethod
         def backward(ctx, *cotangents):
             need, how, _ = ctx.how
-            grads, tensors = ctx.saved_tensors[:r], ctx.saved_tensors[r:]
+            grads, tensors = cut(ctx.saved_tensors, r)
             got = op.pull_backward(grads, tensors, need, dict(zip(op.options, how)), cotangents)
             return (None, *got, *[None] * op.outputs)
 

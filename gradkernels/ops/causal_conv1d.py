@@ -21,9 +21,7 @@ def _fold(N, dims, tensors, options):
     return (x.flatten(0, 1), *tensors[1:]), lambda outputs: ((outputs[0].unflatten(0, (N, x.shape[1])),), (0,))
 
 
-fused = Fused(
-    "causal_conv1d", ("x", "weight", "bias"), {"dilation": "int"}, ("y",), (), definition, _fake, fold=_fold
-)
+fused = Fused("causal_conv1d", ("x", "weight", "bias"), {"dilation": "int"}, ("y",), (), definition, _fake, fold=_fold)
 
 
 def causal_conv1d(
@@ -82,7 +80,9 @@ def _check(x, weight, bias, dilation):
     if weight.dim() != 3 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
         raise RuntimeError(f"weight must be [O, {x.shape[2]}, K] beside x {list(x.shape)}, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"bias must be [{weight.shape[0]}] beside weight {list(weight.shape)}, got {list(bias.shape)}")
+        raise RuntimeError(
+            f"bias must be [{weight.shape[0]}] beside weight {list(weight.shape)}, got {list(bias.shape)}"
+        )
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
     for name, v in (("weight", weight), ("bias", bias)):

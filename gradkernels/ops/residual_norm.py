@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ KINDS = ("layer", "rms")
 
 
 def _fake(x, residual, weight, bias, seed, p, eps, rms):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix dynamic sizes
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = [x.new_empty(rows, dtype=computed) for _ in range(2)]
     return x.new_empty(x.shape), x.new_empty(x.shape), *statistics
