@@ -188,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["limits_measured"] = {"before": first, "after": last}
     by_name = {c.name: c for c in todo}
     order = {c.name: k for k, c in enumerate(cases.SUITES[o.suite]())}
-    report["rows"].sort(key=lambda r: order[r["name"]])  # as far as they were measured by several processes
+    report["rows"].sort(
+        key=lambda r: order.get(r["name"], len(order))
+    )  # as far as they were measured by several processes
     for row in report["rows"]:
         if row["name"] in by_name:
             judge(row, by_name[row["name"]], report["limits"], report["machine"]["has"], report.get("micro"))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints what a run on this GPU has in common, as JSON; 2 where there is none."""
     p = argparse.ArgumentParser(description="The GPU, the driver and the versions of everything.")
     p.add_argument("--slug", action="store_true", help="the name of its folder alone")
-    p.add_argument("--json", type=Path, metavar="FILE")
     o = p.parse_args(argv)
     if why := why_not():
         print(why, file=sys.stderr)
@@ -176,11 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if o.slug:
         print(slug({"gpu": {"name": torch.cuda.get_device_name()}}))
         return 0
-    found = describe()
-    text = json.dumps(found, indent=1)
-    print(text)
-    if o.json:
-        o.json.write_text(text + "\n")
+    print(json.dumps(describe(), indent=1))
     return 0
 
 

@@ -63,7 +63,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(section: str, command: Sequence[str], seconds: float, folder: Path, quiet: float = QUIET) -> Outcome:
-    """A process, its words here and in a file of the folder; ended after so many seconds, or so many without a word."""
+    """A process, its words here and in the folder's log; ended after so many seconds, or so many without a word."""
     begin = heard = time.monotonic()
     child = subprocess.Popen(
         command,
@@ -75,8 +75,9 @@ def run(section: str, command: Sequence[str], seconds: float, folder: Path, quie
     )
     assert child.stdout is not None
     reason = ""
-    with open(folder / f"{section}.log", "ab") as log, selectors.DefaultSelector() as ready:
+    with open(folder / "session.log", "ab") as log, selectors.DefaultSelector() as ready:
         ready.register(child.stdout, selectors.EVENT_READ)
+        log.write(f"\n== {section}: {' '.join(map(str, command))}\n".encode())
         while True:
             now = time.monotonic()
             if not reason and (now > begin + seconds or now > heard + quiet):
@@ -222,14 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("micro.json", "recurrent-gpu.json"):
             (folder / name).unlink(missing_ok=True)
     chosen = o.only or list(SECTIONS)
-    done = [
-        run(
-            "environment",
-            [sys.executable, "-m", "bench.gpu.device", "--json", str(folder / "environment.json")],
-            60,
-            folder,
-        )
-    ]
+    done = [run("environment", [sys.executable, "-m", "bench.gpu.device"], 60, folder)]
     for section, share in SECTIONS.items():
         seconds = min(end - time.monotonic(), share * 60 * o.minutes)
         if section not in chosen:
