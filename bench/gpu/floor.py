@@ -98,29 +98,21 @@ def number(case: Case) -> str:
     return NUMBERS.get(case.dtype) or ("tf32" if case.tf32 else "fp32")
 
 
-def floor(case: Case, report: dict[str, Any], gflops: float) -> dict[str, float] | None:
-    """Milliseconds of a row at least; `walk_us`: of one step of it, both directions in time. None where there is no model: fp64, projections.
+def floor(case: Case, report: dict[str, Any], gflops: float) -> float | None:
+    """Milliseconds of a row at least; None where there is no model: fp64, projections.
 
-    gflops: what torch reaches in the dtype. Directions may run side by side and layers may not; rows that have ended cost nothing.
+    gflops: what torch reaches in the dtype. Directions may run side by side, layers may not, and rows that have ended cost nothing.
     """
     if case.dtype == "float64" or case.kind != "time" or case.proj_size:
         return None
-    rows = (
-        [sum(n > t for n in case.lengths() or ()) for t in range(case.T)]
-        if case.layout != "padded"
-        else [case.B] * case.T
-    )
+    lengths = case.lengths() or [case.T] * case.B
+    rows = [sum(n > t for n in lengths) for t in range(case.T)]
     ways = ("forward", "backward")[: 1 + (case.mode == "training")]
-    found = {
-        n: sum(step(report, case.cell, number(case), case.H, n, way) for way in ways) for n in dict.fromkeys(rows) if n
-    }
-    one_way = 2 * cells.get(case.cell).G * case.H**2 * sum(rows) * case.layers * (1 + case.bidirectional)
-    walked = one_way * len(ways)  # the products of the steps themselves, forward and backward
-    walk = sum(found.get(n, 0.0) for n in rows) * case.layers
-    return {
-        "ms": walk / 1e3 + max(0, case.flops() - walked) / gflops / 1e6,
-        "walk_us": walk / max(1, len(rows)) / case.layers,
-    }
+    steps = {n: sum(step(report, case.cell, number(case), case.H, n, way) for way in ways) for n in set(rows) - {0}}
+    walk = sum(steps.get(n, 0.0) for n in rows) * case.layers
+    # the products of the steps themselves, in each direction of time
+    walked = 2 * cells.get(case.cell).G * case.H**2 * sum(rows) * case.layers * (1 + case.bidirectional) * len(ways)
+    return walk / 1e3 + (case.flops() - walked) / gflops / 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> int:

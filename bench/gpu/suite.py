@@ -156,5 +156,5 @@ def measures(row: dict[str, Any], case: Case, limits: dict[str, Any], micro: dic
     limit = limits.get("tf32" if case.tf32 else case.dtype)
     least = floor(case, micro, limit["gflops"]) if micro and limit else None
     if least:
-        found |= {"limit_ms": least["ms"], "share": least["ms"] / ours, "floor_us": least["ms"] * 1e3 / case.T}
+        found |= {"limit_ms": least, "share": least / ours, "floor_us": least * 1e3 / case.T}
     return found

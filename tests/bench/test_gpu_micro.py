@@ -77,6 +77,7 @@ GPUS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", GPUS)
 def test_every_part_compiles_without_spilling(architecture):
     found = dict.fromkeys(part.kernel for part in parts(GPUS[architecture]))
