@@ -240,7 +240,7 @@ def backward(
             # states and inputs of all tokens, zero where no step is: there dgates is zero, but zero times NaN is not
             y, h0, sizes, inputs = seq[0], state[0], None, x
             if steps is not None and steps.dead is not None:
-                y, h0 = _entering(saved[0], h0, steps.dead, reverse), None
+                y, h0 = (_entering(saved[0], h0, steps.dead, reverse) if need[3] else None), None
                 inputs = x.masked_fill(steps.dead, 0) if need[1] else x
             elif batch_sizes is not None:
                 sizes = batch_sizes if steps is None else steps.rows

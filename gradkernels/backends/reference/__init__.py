@@ -123,7 +123,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, [n, p] and [n, q] -> [p, q]: a sum over all tokens, in 32 bits where the numbers have 16."""
     if a.dtype not in (torch.float16, torch.bfloat16):
         return a.t() @ b
-    if a.is_cuda and torch.version.hip is None:
+    if a.is_cuda and torch.version.hip is None and a.shape[0]:
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return a.t().float() @ b.float()
 
@@ -147,7 +147,7 @@ def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_size
     if need[1]:
         out.append(of(dgates, x))
     if need[2]:
-        out.append(total(dgates))
+        out.append(db := total(dgates))
     if need[3]:
         first = dr[:, :K]
         if h0 is None:
@@ -164,7 +164,7 @@ def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_size
             dw = of(start, h0[: start.shape[0]]) + of(others, before)
         out.append(torch.cat([dw, of(dr[:, K:], operand)], -2) if cell.second else dw)
     if need[4]:
-        out.append(total(dr))
+        out.append(db.clone() if need[2] and dr is dgates else total(dr))
     if need[5]:
         out.append(of(dproj, raw))
     return out
