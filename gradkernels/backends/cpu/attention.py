@@ -32,12 +32,13 @@ def _side_by_side(like: Tensor, B: int, H: int, T: int, D: int) -> Tensor:
 class _Call:
     """Sizes and addresses that both directions begin with."""
 
-    def __init__(self, q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, lse, causal, left, right, p, scale):
+    def __init__(self, q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, lse, causal, left, right, p, scale) -> None:
         self.kept = q, k, v = tuple(map(_rows, (q, k, v)))
         B, Hq, Tq, D = q.shape
         Hk, Tk, E = k.shape[1], k.shape[2], v.shape[3]
         computed = reference.precise(q[:0]).dtype
-        shape, strides = (B, Hq, Tq, Tk), (0, 0, 0, 0)
+        shape = B, Hq, Tq, Tk
+        strides: Sequence[int] = (0, 0, 0, 0)
         if bias is not None:
             bias = bias.to(computed)
             bias = bias if bias.stride(-1) == 1 or bias.shape[-1] == 1 else bias.contiguous()
@@ -55,7 +56,7 @@ class _Call:
         self.options = causal, scale, 0.0 if seed is None else p, drawn, torch.get_num_threads()
         self.storage = cpu.STORAGE[q.dtype]
 
-    def __call__(self, kernel, *more: Tensor | None, heads: int) -> None:
+    def __call__(self, kernel: Any, *more: Any, heads: int) -> None:
         """The first `heads` of the further tensors are heads of rows."""
         sizes = self.sizes + [s for t in more[:heads] for s in t.stride()[:3]]
         kernel(self.storage, sizes, cpu.addresses([*self.kept, *more]), *self.options)
@@ -85,9 +86,9 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],  # of the results; None is zero
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     **options: Any,
 ) -> list[Tensor | None]:
@@ -100,7 +101,8 @@ def backward(
     else:
         dout = torch.zeros_like(out) if dout is None else _rows(dout)
         rows = [_rows(t) for t in made]
-        call = _Call(q, k, v, bias, *rest, lse, **options)
+        slopes, cu_q, cu_k, key_mask, seed = rest
+        call = _Call(q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, lse, **options)
         dlse = dlse if dlse is None else dlse.contiguous()
         call(cpu.build().attention_backward, _rows(out), dout, *rows, dlse, dscores, heads=5)
         made = [t if t is r else t.copy_(r) for t, r in zip(made, rows)]

@@ -37,9 +37,9 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     dilation: int,
 ) -> list[Tensor | None]:

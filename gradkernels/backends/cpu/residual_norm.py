@@ -21,7 +21,7 @@ def _options(x: Tensor, seed: Tensor | None, p: float, eps: float, rms: bool) ->
     return rms, eps, 0.0 if seed is None else p, drawn, torch.get_num_threads()
 
 
-def _computed(v: Tensor | None) -> Tensor | None:
+def _computed(v: Any) -> Any:
     """A weight in what is computed in."""
     return None if v is None else reference.precise(v).contiguous()
 
@@ -55,9 +55,9 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],  # of the results; None is zero
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     p: float,
     eps: float,

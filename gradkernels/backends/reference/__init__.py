@@ -86,7 +86,7 @@ class Layout:
         return v if self.order is None else v.index_select(0, self.inverse)
 
 
-def precise(v: Tensor | None) -> Tensor | None:
+def precise(v: Any) -> Any:
     """16-bit storage, 32-bit arithmetic."""
     return v.float() if v is not None and v.dtype in (torch.float16, torch.bfloat16) else v
 

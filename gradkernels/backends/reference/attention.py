@@ -93,6 +93,7 @@ def definition(
         else:
             token = torch.arange(Tq, device=q.device).unsqueeze(0)
             rows = (token * Hq + torch.arange(Hq, device=q.device).unsqueeze(1))[None, :, :, None]
+            assert cu_k is not None  # one comes with the other
             parts, q_ends, k_ends = [], cu_q.tolist(), cu_k.tolist()
             for s in range(len(q_ends) - 1):
                 a, b = slice(*q_ends[s : s + 2]), slice(*k_ends[s : s + 2])
@@ -109,9 +110,9 @@ def forward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],  # of the results; None is zero
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     **options: Any,
 ) -> list[Tensor | None]:
@@ -119,7 +120,7 @@ def backward(
     places = [k for k, wanted in enumerate(need) if wanted]
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
-        given = list(tensors)
+        given: list[Any] = list(tensors)
         for k, v in zip(places, values):
             given[k] = v
         return definition(*given, **options)

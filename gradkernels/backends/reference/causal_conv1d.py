@@ -40,14 +40,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> tu
 
 
 def backward(
-    grads: Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     dilation: int,
 ) -> list[Tensor | None]:
     """The gradients of (x, weight, bias) that are needed."""
-    (dy,), (x, weight, bias) = grads, tensors
+    (dy,), (x, weight, _) = grads, tensors
     T, K, dtype = x.shape[1], weight.shape[2], x.dtype
     dy, x, weight = map(precise, (dy, x, weight))
     dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)

@@ -66,9 +66,9 @@ def forward(x, residual, weight, bias, seed, p, eps, rms):
 
 
 def backward(
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    grads: Sequence[Any],  # of the results; None is zero
+    tensors: Sequence[Any],  # the arguments of forward
+    outputs: Sequence[Any],  # what it returned
     need: Sequence[bool],
     p: float,
     eps: float,
