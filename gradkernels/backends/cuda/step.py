@@ -108,11 +108,11 @@ def product(like: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
 
 
 class Rows:
-    """How many rows the host launches in each step of the walk."""
+    """How many rows the host launches in each step of the walk; before the first and after the last there are none."""
 
     def __init__(self, steps: _sequence.Steps, sizes: list[int] | None):
         self.T, self.B = steps.T, steps.B
-        self.known = steps.rows is None or sizes is not None  # else only the device knows; here it is all of them
+        self.known = steps.rows is None or sizes is not None  # else only the device knows, and all of them are launched
         self.sizes = [self.B] * self.T if sizes is None else sizes  # in time
         self.reverse = steps.reverse
 
@@ -225,14 +225,12 @@ def backward(
     (B, R), H = state[0].shape, w_hh.shape[0] // cell.G
     KH = w_hh.shape[0] - Q * H
     new, stored = functools.partial(dgates.new_empty, dtype=torch.float32), dgates.new_empty
-    adjoint = []
-    for s, d, g in zip(state, dstate, grads[S:]):
-        a = new(s.shape)
-        if g is None:
-            a.zero_(), d.zero_()
-        else:
-            a.copy_(_in_order(g, steps)), d.copy_(g)  # dstate of rows without a step
-        adjoint.append(a)
+    for d, g in zip(dstate, grads[S:]):  # of rows without a step
+        d.zero_() if g is None else d.copy_(g)
+    adjoint = [
+        new(d.shape).zero_() if g is None else _in_order(g, steps).to(torch.float32, copy=True)
+        for d, g in zip(dstate, grads[S:])
+    ]
     sent = new(B, R)
     # Rows of a step that lie together are multiplied where they are.
     operand = None if rows.known else stored(B, KH)
