@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 
 from gradkernels.backends._sequence import tf32
@@ -39,12 +40,14 @@ class Number:
     largest: int  # rows x units of a tile whose planes fit into registers
 
     @classmethod
-    def of(cls, dtype: torch.dtype) -> Number:
+    def of(cls, dtype: torch.dtype, at: Limits) -> Number:
         if dtype is torch.float64:
             return cls(8, torch.float64, "ieee", 64, 32 * 16)
         if dtype.itemsize == 2:
             return cls(2, torch.float32, "ieee", 1024, 128 * 32)
-        return cls(4, torch.float32, "tf32", 512, 128 * 32) if tf32() else cls(4, torch.float32, "ieee", 128, 32 * 32)
+        if tf32() and at.tf32:
+            return cls(4, torch.float32, "tf32", 512, 128 * 32)
+        return cls(4, torch.float32, "ieee", 128, 32 * 32)
 
     @property
     def tensor_cores(self) -> bool:
@@ -68,12 +71,13 @@ class Limits:
     shared: int  # bytes of shared memory that a program can have
     multiprocessors: int
     overlap: bool  # whether a launch may begin while the one before ends
+    tf32: bool  # whether Triton has such products there
 
 
 def limits() -> Limits:
     """Those of the current device; in the interpreter, which has none, those of a small one."""
     if isinstance(tl.zeros, InterpretedFunction):
-        return Limits(64 << 10, 64, False)
+        return Limits(64 << 10, 64, False, True)
     return _limits(triton.runtime.driver.active.get_current_device())
 
 
@@ -82,7 +86,10 @@ def _limits(device: int) -> Limits:
     driver = triton.runtime.driver.active
     properties, target = driver.utils.get_device_properties(device), driver.get_current_target()
     overlap = target.backend == "cuda" and target.arch >= 90
-    return Limits(properties["max_shared_mem"], properties.get("multiprocessor_count", 128), overlap)
+    precisions = make_backend(target).parse_options(options(4)).allowed_dot_input_precisions
+    return Limits(
+        properties["max_shared_mem"], properties.get("multiprocessor_count", 128), overlap, "tf32" in precisions
+    )
 
 
 # ---------------------------------------------------------------- choices

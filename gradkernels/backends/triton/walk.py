@@ -65,8 +65,8 @@ def walk_forward(
     acts: Tensor | None,  # [N, A, H] to fill
 ) -> None:
     """The walk of `_sequence.forward`."""
-    number, at, B, R = Number.of(gates.dtype), limits(), steps.B, w_hh.shape[1]
-    H = w_hh.shape[0] // cell.G
+    at, B, R, H = limits(), steps.B, w_hh.shape[1], w_hh.shape[0] // cell.G
+    number = Number.of(gates.dtype, at)
     arguments = common(cell, steps, number, at, H, R)
     arguments |= {"gates": gates, "bias": b_hh, "seq": tuple(seq), "raw": raw, "acts": acts}
     if is_resident(cell, H, R, number, at):
@@ -128,8 +128,8 @@ def walk_backward(
     norms: Tensor | None,  # [T, S] float64 to fill
 ) -> None:
     """The walk of `_sequence.backward`."""
-    number, at, (B, R), S = Number.of(dgates.dtype), limits(), state[0].shape, cell.S
-    H = w_hh.shape[0] // cell.G
+    at, (B, R), H, S = limits(), state[0].shape, w_hh.shape[0] // cell.G, cell.S
+    number = Number.of(dgates.dtype, at)
     resides = is_resident(cell, H, R, number, at)
     arguments = common(cell, steps, number, at, H, R) | {
         "grads": tuple(grads[:S]), "seq": tuple(seq), "raw": raw, "acts": acts, "state": tuple(state),

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,21 +26,10 @@ def older() -> Path:
     folder = ROOT / "build" / f"triton-{OLDER}"
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--target",
-                fresh,
-                f"triton=={OLDER}",
-            ]
-            subprocess.run(command, check=True)
-            shutil.copytree(fresh, folder, dirs_exist_ok=True) if folder.exists() else os.rename(fresh, folder)
-            Path(fresh).mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
+            what = ["--quiet", "--no-deps", "--target", fresh, f"triton=={OLDER}"]
+            subprocess.run([sys.executable, "-m", "pip", "install", *what], check=True)
+            Path(fresh).rename(folder)
     return folder
 
 
@@ -49,7 +37,7 @@ def run(folder, first=(), **environment):
     """pytest on a folder, in this repository's package, or in a package that lies before it."""
     path = os.pathsep.join(map(str, (*first, ROOT)))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / folder)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / folder)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block can have
+SHARED = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536, "gfx1100": 65536}  # bytes that a block can have
 
 
 @dataclass
@@ -32,14 +32,14 @@ class Launch:
 @dataclass
 class Kernel:
     name: str
-    cubin: bytes
+    binary: bytes
     shared: int  # bytes
 
     @functools.cached_property
     def resources(self) -> tuple[int, int]:
         """Registers of a thread, and bytes of its memory that hold what did not fit into them."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.cubin)
+            file.write(self.binary)
             file.flush()
             command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -52,7 +52,7 @@ class Kernel:
 class Driver:
     """What Triton asks of a driver."""
 
-    architecture: int
+    architecture: int | str  # compute capability of a GPU of NVIDIA's, name of one of AMD's
     launches: list[Launch] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)  # in the order in which they were loaded
     ptx: list[str] = field(default_factory=list)
@@ -66,7 +66,9 @@ class Driver:
         )
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.architecture, 32)
+        if isinstance(self.architecture, int):
+            return GPUTarget("cuda", self.architecture, 32)
+        return GPUTarget("hip", self.architecture, 64 if self.architecture.startswith("gfx9") else 32)
 
     def get_current_device(self):
         return self.architecture  # Triton keeps what it has compiled by device
@@ -74,8 +76,8 @@ class Driver:
     def get_current_stream(self, device):
         return 0
 
-    def load_binary(self, name, cubin, shared, device):
-        self.kernels.append(Kernel(name, cubin, shared))
+    def load_binary(self, name, binary, shared, device):
+        self.kernels.append(Kernel(name, binary, shared))
         return object(), object(), 0, 0, 1024
 
     def launcher_cls(self, source, metadata):
@@ -89,8 +91,8 @@ class Driver:
 
 
 @contextlib.contextmanager
-def gpu(architecture: int):
-    """Within, a GPU of this compute capability is Triton's."""
+def gpu(architecture: int | str):
+    """Within, a GPU of this architecture is Triton's."""
     config, driver, compilation = triton.runtime.driver, Driver(architecture), triton.knobs.compilation
     before = config._active, compilation.listener
     config._active, compilation.listener = driver, driver.listen

@@ -11,9 +11,9 @@ from gradkernels.cells import CELLS
 from tests.backends.triton.compiled import offline
 from tests.backends.triton.compiled.calls import Call
 
-LARGE = Limits(232448, 132, True)
-SMALL = Limits(65536, 40, False)
-NUMBERS = {dtype: Number.of(dtype) for dtype in (torch.bfloat16, torch.float64)}
+LARGE = Limits(232448, 132, True, True)
+SMALL = Limits(65536, 40, False, False)
+NUMBERS = {dtype: Number.of(dtype, LARGE) for dtype in (torch.bfloat16, torch.float64)}
 STEPS = Call("rnn_tanh", "fp16", 512, B=40, T=4)
 
 
@@ -58,6 +58,14 @@ def test_overlapping_launches_wait_before_they_read(architecture, monkeypatch):
         if architecture == 90:
             assert text.index("griddepcontrol.wait") < min(reads, leaves)
             assert text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
+
+
+def test_products_that_triton_has_not_got_are_not_asked_for(monkeypatch):
+    """tf32 where it is allowed and there."""
+    monkeypatch.setattr(launch, "tf32", lambda: True)
+    assert Number.of(torch.float32, LARGE).precision == "tf32" and Number.of(torch.float32, SMALL).precision == "ieee"
+    monkeypatch.setattr(launch, "tf32", lambda: False)
+    assert Number.of(torch.float32, LARGE).precision == "ieee"
 
 
 def test_who_keeps_the_matrix():

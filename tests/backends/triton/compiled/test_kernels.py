@@ -64,3 +64,14 @@ def test_compiles(call, architecture, resident, monkeypatch):
         )
         assert 16 <= registers <= 255 and kernel.shared <= offline.SHARED[architecture]
         assert spilled <= SPILLED[call.B <= 512], kernel.name
+
+
+@pytest.mark.parametrize("architecture", ["gfx942", "gfx1100"])
+@pytest.mark.parametrize("H, kernels", [(32, 2), (1024, 2)], ids=["resident", "steps"])
+def test_compiles_for_another_vendor(architecture, H, kernels, monkeypatch):
+    """tf32 is asked for, which one of the two has."""
+    with offline.gpu(architecture) as driver:
+        Call("rnn_tanh", "tf32", H, layout="packed", norms=True).run(monkeypatch)
+    assert len(driver.kernels) == kernels
+    for kernel in driver.kernels:
+        assert kernel.binary[:4] == b"\x7fELF" and kernel.shared <= offline.SHARED[architecture]
