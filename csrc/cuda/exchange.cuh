@@ -17,10 +17,13 @@
 //   barrier nor a fence in the loop. For the same reason the sums that warps hand each other may be overwritten in the
 //   next step: who has all of e + 1 knows that its own block has run its cells. And since each waits for all that is
 //   pushed to it, nobody leaves while he is written to.
-// * Grid. Blocks publish in L2, meet (arrive, then wait), and fetch past L1. In L2 there are two buffers: e + 2 is
-//   published after the meeting of e + 1, to which all came after they had fetched e. In shared memory there is one:
-//   all warps have read it before their block comes to the meeting. A release waits for all stores under way, so what
-//   nobody needs is stored between arriving and waiting.
+// * Grid. Every word goes to L2 together with its turn, so that it is heard as soon as it is there: no fence, no
+//   counter, no second trip for the data; in return twice the bytes. In L2 there are two buffers: a block tells e + 2
+//   when it has heard all of e + 1, or, where a cluster splits the contraction, when its neighbours have and their
+//   sums have come; every block with units told a part of e + 1 after it had heard all of e. (One without, in a
+//   cluster without, may hear later words, and computes nothing.) In shared memory there is one buffer: a block_sync
+//   before it is filled, when all warps have read it, and one after. Words of an earlier launch are cleared first,
+//   before all meet.
 #pragma once
 #include "tile.cuh"
 
@@ -29,27 +32,25 @@ namespace gk {
 template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, int AT> struct AllGather {
   static constexpr bool grid = exchange == Exchange::Grid, pushes = !grid && C > 1;
   static constexpr int K = grid ? H / C : H, N_TILES = N / 8;
-  using Near = Operand<X, K, N>; // in shared memory
-  using Far = Operand<X, H, N>;  // in L2
+  using Near = Operand<X, K, N>;               // in shared memory
+  static constexpr int WORDS = Near::LINE / 4; // of a line
   static_assert(grid || H >= C * U, "every unit of the team has a line of the operand");
 
   static constexpr int BUFFERS = grid ? 1 : 2, AT_SIGNALS = AT + BUFFERS * Near::BYTES;
-  static constexpr int SHARED_BYTES = AT_SIGNALS + 16 - AT; // from AT on
-  static constexpr int FAR_BYTES = grid ? 2 * Far::BYTES : 0;
+  static constexpr int SHARED_BYTES = AT_SIGNALS + 16 - AT;                                // from AT on
+  static constexpr int FAR_BYTES = grid ? 2 * N_TILES * H * WORDS * int(sizeof(Told)) : 0; // in L2
 
   const Walk &walk;
-  const int rank; // of the block in its cluster
-  const int k0;   // the first value of the contraction that this block needs
+  const int rank;  // of the block in its cluster
+  const int unit0; // the block's first unit
+  const int k0;    // and the first value of the contraction that it needs
   char *const far_memory;
-  Meeting meeting;
   unsigned turn = 0;
 
-  GK_DEVICE AllGather(const Walk &walk, const Team &team, int index, char *far_memory)
-      : walk(walk), rank(C == 1 ? 0 : cluster_rank()), k0(grid ? rank * K : 0), far_memory(far_memory),
-        meeting{grid ? team.arrivals + 32 * index : nullptr, unsigned(team.size)} {}
+  GK_DEVICE AllGather(const Walk &walk, int unit0, char *far_memory)
+      : walk(walk), rank(C == 1 ? 0 : cluster_rank()), unit0(unit0), k0(grid ? rank * K : 0), far_memory(far_memory) {}
 
   GK_DEVICE Near operand() const { return {shared() + AT + turn % BUFFERS * Near::BYTES}; }
-  GK_DEVICE Far published() const { return {far_memory + turn % 2 * Far::BYTES}; }
   GK_DEVICE static Signal *signal(int i) { return reinterpret_cast<Signal *>(shared() + AT_SIGNALS) + i; }
 
   // Lines of the operand that there are: the contraction ends with the last unit.
@@ -59,7 +60,7 @@ template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, i
   }
 
   // Once, before the first operand. Afterwards neighbours write into this block's memory.
-  GK_DEVICE void open() {
+  GK_DEVICE void open(const Team &team, int index) {
     // Beyond the last unit the matrix is zero, but 0 times what memory happens to hold need not be.
     const int begin = lines() * Near::LINE, bytes = K * Near::LINE - begin;
     for (int at = thread() * 16; at < bytes; at += THREADS * 16)
@@ -71,6 +72,14 @@ template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, i
         signal_init(signal(1));
       }
       cluster_sync();
+    }
+    if constexpr (grid) { // no word may be heard that was told in another launch
+      const int left = walk.H - unit0, count = (left < 0 ? 0 : left < U ? left : U) * WORDS;
+      for (int at = thread(); at < count; at += THREADS)
+        for (int plane = 0; plane < 2 * N_TILES; plane++) tell(told(plane, unit0) + at, 0, 0);
+      Meeting meeting{team.arrivals + 32 * index, unsigned(team.size)};
+      meeting.arrive();
+      meeting.wait();
     }
   }
 
@@ -97,7 +106,7 @@ template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, i
     block_sync();
   }
 
-  // An exchange: begin; send everything; in a grid, arrive; end. Whole warps.
+  // An exchange: begin; send everything; end. Whole warps.
   GK_DEVICE void begin() {
     turn++;
     if constexpr (pushes) {
@@ -111,36 +120,54 @@ template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, i
     if constexpr (pushes) {
       push_line(nt, u, v);
     } else if (u < walk.H) {
-      if constexpr (grid)
-        published().put(nt, u, v[0], v[1]);
-      else
+      if constexpr (grid) {
+        unsigned w[Near::WORDS];
+        pack(w, v[0], v[1], X{});
+        Told *to = told(turn % 2 * N_TILES + nt, u) + lane() % 4 * Near::WORDS;
+        GK_UNROLL for (int i = 0; i < Near::WORDS; i++) tell(to + i, w[i], turn);
+      } else {
         operand().put(nt, u, v[0], v[1]);
+      }
     }
   }
 
-  GK_DEVICE void arrive() {
-    if constexpr (grid) meeting.arrive();
-  }
-
   GK_DEVICE void end() {
-    if constexpr (grid) {
-      meeting.wait();
-      const int bytes = lines() * Near::LINE;
-      const Near to = operand();
-      const Far from = published();
-      for (int at = thread() * 16; at < bytes; at += THREADS * 16)
-        GK_UNROLL for (int nt = 0; nt < N_TILES; nt++) copy16_async(to.line(nt, 0) + at, from.line(nt, k0) + at);
-      copy_commit();
-      copy_wait();
-      block_sync();
-    } else if constexpr (pushes) {
+    if constexpr (pushes) {
       signal_wait(signal(turn % 2), (turn - 1) / 2 % 2);
-    } else {
+      return;
+    }
+    block_sync(); // in a grid: all warps have read the operand before
+    if constexpr (grid) {
+      fetch();
       block_sync();
     }
   }
 
 private:
+  GK_DEVICE Told *told(int plane, int u) const {
+    return reinterpret_cast<Told *>(far_memory) + (plane * H + u) * WORDS;
+  }
+
+  // Words of the operand come in pairs, several of a thread at a time: the way to L2 and back is long.
+  GK_DEVICE void fetch() const {
+    constexpr int PLANE = K * WORDS / 2, PAIRS = N_TILES * PLANE, EACH = (PAIRS + THREADS - 1) / THREADS;
+    constexpr int AT_ONCE = EACH < 8 ? EACH : 8;
+    const int there = lines() * WORDS / 2; // pairs of a plane
+    GK_LOOP for (int begin = thread(); begin < PAIRS; begin += AT_ONCE * THREADS) {
+      const Told *from[AT_ONCE];
+      Half words[AT_ONCE];
+      GK_UNROLL for (int i = 0; i < AT_ONCE; i++) {
+        const int pair = begin + i * THREADS, nt = pair / PLANE, at = pair % PLANE;
+        from[i] = nt < N_TILES && at < there ? told(turn % 2 * N_TILES + nt, k0) + 2 * at : nullptr;
+      }
+      hear(words, from, turn);
+      GK_UNROLL for (int i = 0; i < AT_ONCE; i++) {
+        const int pair = begin + i * THREADS; // planes follow one another in shared memory
+        if (from[i]) reinterpret_cast<Half *>(operand().base)[pair] = words[i];
+      }
+    }
+  }
+
   // The four lanes of a line swap what they have, so that each holds 16 bytes of it and sends them to some of the
   // blocks. Lines beyond the last unit are sent too, as zeros: every warp has to be heard of.
   GK_DEVICE void push_line(int nt, int u, const float (&v)[2]) const {

@@ -13,16 +13,16 @@
 //
 // * Cluster: a block has the rows of U units and the whole contraction.
 // * Grid: the C blocks of a cluster have the rows of C U units and K = H / C of the contraction each. Partial sums are
-//   pushed to the owner of the unit and counted by a signal. There is one buffer for them: neighbours push the next
-//   ones after a meeting (exchange.cuh) to which this block came with the last ones read. After the last step of a
-//   tile there is no meeting, hence the cluster_sync between tiles.
+//   pushed to the owner of the unit. They are numbered too: number s goes to buffer s % 2 and is counted by signal s %
+//   2. A neighbour pushes s + 2 after it has all of s + 1, this block's part of which each warp pushed after the
+//   block_sync that followed its reading of s.
 //
 // A block and a step, for each product (K: its contraction; R: its rows of the matrix, G U, in a grid G C U):
 // * mma: R K N / 2048 for two-byte numbers, twice that for tf32, six times for fp32.
 // * shared memory: WM K N values of the operand read; the part of the matrix that is there read; WK R N floats of sums
 //   written and read.
 // * exchange: in a cluster U N values pushed to each of C blocks, and as many received from each; in a grid U N values
-//   published, K N fetched, and for C > 1 WK R N floats pushed and received.
+//   told and K N heard, at twice their size, and for C > 1 WK R N floats pushed and received.
 // * global memory: G U N gates read, one step ahead; U N (sequences + A) values written, for which nobody waits.
 #pragma once
 #include "cells.cuh"
@@ -50,7 +50,8 @@ struct Forward {
   static constexpr int MOST_SUMS = FirstSums::BYTES > SecondSums::BYTES ? FirstSums::BYTES : SecondSums::BYTES;
 
   static constexpr int AT_SECOND = First::SHARED_BYTES, AT_SUMS = AT_SECOND + Second::SHARED_BYTES;
-  static constexpr int AT_OPERAND = AT_SUMS + (DIRECT ? 0 : Q ? MOST_SUMS : FirstSums::BYTES);
+  static constexpr int SUMS_BYTES = DIRECT ? 0 : Q ? MOST_SUMS : FirstSums::BYTES, SUMS_BUFFERS = SPLIT > 1 ? 2 : 1;
+  static constexpr int AT_OPERAND = AT_SUMS + SUMS_BUFFERS * SUMS_BYTES;
   using Gather = AllGather<X, exchange, C, H, U, N, THREADS, AT_OPERAND>;
   static constexpr int SHARED_BYTES = AT_OPERAND + Gather::SHARED_BYTES;
   static constexpr int STREAM_BYTES = First::STREAM_BYTES + Second::STREAM_BYTES; // of a block, in Team.exchange
@@ -81,7 +82,7 @@ private:
   int columns[DIRECT ? N_TILES : SLOTS][2]; // where rows are in the batch
 
   GK_DEVICE Forward(const ForwardArgs &p, int team, char *memory)
-      : p(p), team(team), member(block() % p.team.size), gather(p.walk, p.team, team, memory) {}
+      : p(p), team(team), member(block() % p.team.size), gather(p.walk, member * U, memory) {}
 
   GK_DEVICE int units() const { return p.walk.H; }
 
@@ -114,7 +115,7 @@ private:
     load_matrix<0>(first, shared(), streamed);
     if constexpr (Q > 0) load_matrix<G1>(second, shared() + AT_SECOND, streamed + First::STREAM_BYTES);
     load_bias();
-    gather.open();
+    gather.open(p.team, team);
 
     const int teams = blocks() / p.team.size;
     for (row0 = team * N; row0 < p.walk.B; row0 += teams * N) {
@@ -125,11 +126,7 @@ private:
       ask(now);
       for (int i = span.begin; i < span.end; i++) step(i, i + 1 == span.end);
       save_state();
-      // The operand is written again, and in a grid the sums are, by neighbours.
-      if constexpr (SPLIT > 1)
-        cluster_sync();
-      else
-        block_sync();
+      block_sync(); // the operand is written again
     }
     first.finish();
     if constexpr (Q > 0) second.finish();
@@ -153,7 +150,6 @@ private:
         GK_UNROLL for (int j = 0; j < 2; j++) Cell::operand(xs[slot][j], r[slot][j], s[slot][j], v[j]);
         gather.send(n_tile(slot), unit(slot), v);
       });
-      gather.arrive();
       gather.end();
       multiply<SecondSums, G1>(second, r);
     }
@@ -171,7 +167,6 @@ private:
       }
       if (!last) gather.send(n_tile(slot), unit(slot), h);
     });
-    if (!last) gather.arrive();
 
     save(acts);
     if (last) return;
@@ -193,7 +188,7 @@ private:
         }
       });
     } else {
-      const Parts sums{shared() + AT_SUMS};
+      const Parts sums{shared() + AT_SUMS + sums_sent % SUMS_BUFFERS * SUMS_BYTES};
       scatter(sums, d, OCTETS * GATES);
       each_slot([&](int slot) {
         float sum[2][GATES];
@@ -207,7 +202,7 @@ private:
   // What this warp has goes to the owners of the units; afterwards the block has all that belongs to its own.
   template <class Parts, int M_TILES>
   GK_DEVICE void scatter(const Parts &sums, const float (&d)[M_TILES][N_TILES][4], int groups) {
-    Signal *const arrived = gather.signal(0); // free in a grid
+    Signal *const arrived = gather.signal(sums_sent % 2); // which are free in a grid
     if constexpr (SPLIT > 1)
       if (thread() == 0) signal_expect(arrived, Parts::BYTES);
     Parts::scatter(d, groups, [&](int octet, int nt, int gate, auto value) {
@@ -220,7 +215,7 @@ private:
         *reinterpret_cast<decltype(value) *>(to) = value;
     });
     if constexpr (SPLIT > 1)
-      signal_wait(arrived, sums_sent++ % 2);
+      signal_wait(arrived, sums_sent++ / 2 % 2);
     else
       block_sync();
   }

@@ -199,6 +199,34 @@ GK_DEVICE void wait_reached(const unsigned *p, unsigned target) {
   while (int(v - target) < 0); // the way to L2 and back is pause enough
 }
 
+// A word and the turn it is of, in one piece: who sees the turn has the word, without a fence or a counter. Nothing
+// else is ordered by it. hear waits until pairs of neighbours (null: none) are all of this turn or a later one.
+struct alignas(8) Told {
+  unsigned word, turn;
+};
+GK_DEVICE void tell(Told *to, unsigned word, unsigned turn) {
+  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], both;\n}" ::"l"(to),
+               "r"(word), "r"(turn)
+               : "memory");
+}
+template <int n> GK_DEVICE void hear(Half (&words)[n], const Told *const (&from)[n], unsigned turn) {
+  bool all;
+  do {
+    unsigned turns[n][2];
+    GK_UNROLL for (int i = 0; i < n; i++) {
+      turns[i][0] = turns[i][1] = turn;
+      if (from[i])
+        asm volatile("{\n.reg .b64 a, b;\nld.relaxed.gpu.global.v2.b64 {a, b}, [%4];\nmov.b64 {%0, %1}, a;\n"
+                     "mov.b64 {%2, %3}, b;\n}"
+                     : "=r"(words[i].w[0]), "=r"(turns[i][0]), "=r"(words[i].w[1]), "=r"(turns[i][1])
+                     : "l"(from[i])
+                     : "memory");
+    }
+    all = true;
+    GK_UNROLL for (int i = 0; i < n; i++) all &= turns[i][0] >= turn && turns[i][1] >= turn;
+  } while (!all);
+}
+
 // ---------------------------------------------------------------- one cluster; before sm_90 a block is one by itself
 
 using Signal = unsigned long long;

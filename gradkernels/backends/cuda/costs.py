@@ -30,6 +30,7 @@ class Machine:
     l2: float = 24  # L2, all multiprocessors reading
     l2_latency: float = 300
     barrier: float = 900  # of a grid: fence, atomic, poll
+    told: float = 700  # a word's way through L2 to who polls for it
     neighbour: float = 16  # a neighbour's shared memory
     neighbour_latency: float = 250
     launch: float = 8500  # of the host, a matrix product or a kernel: 5 microseconds
@@ -82,7 +83,10 @@ def _product(v: Variant, which: str, share: tuple[int, int], tiles: tuple[int, i
     if v.exchange == "cluster":
         handed = v.N * v.C * v.U * size / m.neighbour if which == "forward" else pushed
         return cycles + (m.neighbour_latency + handed if v.C > 1 else 0)
-    cycles += m.barrier + m.l2_latency + v.N * K * size / m.l2
+    if which == "forward":
+        cycles += m.told + 2 * v.N * K * size / m.l2  # words come with their turns
+    else:
+        cycles += m.barrier + m.l2_latency + v.N * K * size / m.l2
     return cycles + (m.neighbour_latency + pushed if v.C > 1 else 0)
 
 

@@ -59,12 +59,14 @@ class Forward(Variant):
         size, items = BYTES[self.number], self.U // 8 * (self.N // 8)
         matrix = sum(self.in_shared(gates * self.octets, self.k_tiles) for gates in self.products)
         operands = (1 if self.exchange == "grid" else 2) * self.N * self.H // self.parts * size
-        sums = 0 if self.direct else self.parts * self.WK * items * max(self.products) * FRAGMENT // 2
-        return matrix + operands + sums + 16
+        sums = self.parts * self.WK * items * max(self.products) * FRAGMENT // 2
+        buffers = 0 if self.direct else 2 if self.parts > 1 else 1
+        return matrix + operands + buffers * sums + 16
 
     def exchange_bytes(self, team: int) -> int:
-        operands = 2 * self.N * self.H * BYTES[self.number] if self.exchange == "grid" else 0
-        return operands + team * sum(self.streamed(gates * self.octets, self.k_tiles) for gates in self.products)
+        words = 2 * self.N * self.H * BYTES[self.number] if self.exchange == "grid" else 0  # two buffers
+        matrix = team * sum(self.streamed(gates * self.octets, self.k_tiles) for gates in self.products)
+        return 2 * words + matrix  # each word with its turn
 
     @property
     def registers(self) -> int:
@@ -75,4 +77,5 @@ class Forward(Variant):
         weights = sum(4 * m * kept * halves for m in m_tiles)
         sums = max(4 * m * n_tiles * (2 if m * n_tiles < 4 else 1) for m in m_tiles)
         cells = self.slots * (3 * cell.G + 2 * cell.S + 2 * cell.A)
-        return 64 + weights + sums + cells + 6 * n_tiles + 16 * (kept + self.SHARED < self.k_tiles)
+        fetched = 16 if self.exchange == "grid" else 0
+        return 64 + weights + sums + cells + 6 * n_tiles + fetched + 16 * (kept + self.SHARED < self.k_tiles)
