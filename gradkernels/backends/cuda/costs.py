@@ -30,7 +30,7 @@ class Machine:
     l2: float = 24  # L2, all multiprocessors reading
     l2_latency: float = 300
     barrier: float = 900  # of a grid: fence, atomic, poll
-    told: float = 700  # a word's way through L2 to who polls for it
+    told: float = 1000  # a word's way through L2 to who polls for it, block barriers before and after
     neighbour: float = 16  # a neighbour's shared memory
     neighbour_latency: float = 250
     launch: float = 8500  # of the host, a matrix product or a kernel: 5 microseconds
