@@ -16,7 +16,7 @@ from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import CELLS, cell
 from tests.close import assert_close_to_truth
-from tests.cuda_on_cpu.machine import COMPILER, FLAGS, HERE, KERNELS, Schedule, twin  # noqa: F401 - a fixture
+from tests.cuda_on_cpu.machine import COMPILER, FLAGS, HERE, KERNELS, Schedule, Twin, twin  # noqa: F401 - a fixture
 from tests.ops.case import Case, cotangents
 
 # ---------------------------------------------------------------- running a case
@@ -119,9 +119,16 @@ WALKS += [
 ]
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernels of all walks, as many at a time as there are cores."""
+    calls = {(name, case.cell, which) for name, case in WALKS for which in ("forward", "backward")}
+    Twin().compile(form(name)(CELLS[cell], "fp32", 32, 1, which, True).variant for name, cell, which in sorted(calls))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, case", WALKS, ids=str)
-def test_walks(name, case, on_twin, monkeypatch):
+def test_walks(name, case, compiled, on_twin, monkeypatch):
     force(monkeypatch, form(name))
     check(case)
     assert {type(variant) for variant, _ in on_twin.launches} == {Forward, Backward}
