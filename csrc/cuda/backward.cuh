@@ -25,11 +25,12 @@ struct Backward {
   static_assert(U % 8 == 0 && N % 8 == 0 && (C == 1 || C % 2 == 0), "tiles must fit");
 
   template <int GATE, int GATES, int AT>
-  using Product = Transposed<X, exchange, C, H, U, N, WM, WK, KEPT, IN_SHARED, GATE, GATES, AT>;
+  using Product =
+      Transposed<X, exchange, C, H, U, N, WM, WK, KEPT, IN_SHARED, GATE, GATES, (FIRST > Q ? FIRST : Q), AT>;
   using First = Product<0, FIRST, 0>;
   using Second = Product<FIRST, Q, First::END>;
-  static constexpr int HALVES = First::HALVES, AT_INBOXES = Second::END;
-  static constexpr int AT_SIGNALS = AT_INBOXES + HALVES * First::Inbox::BYTES,
+  static constexpr int HALVES = First::HALVES, INBOXES = First::INBOXES, AT_INBOXES = Second::END;
+  static constexpr int AT_SIGNALS = AT_INBOXES + INBOXES * First::Inbox::BYTES,
                        AT_SQUARES = AT_SIGNALS + (C > 1 ? 16 : 0);
   static constexpr int SHARED_BYTES = AT_SQUARES + (NORMS ? HALVES * WARPS * S * 8 : 0);
   static constexpr int PUBLISHED_BYTES = // of a team, in L2
@@ -133,9 +134,15 @@ private:
     if constexpr (Q > 0) second.template load<SHARED_BYTES>(p.walk, as_x(p.w_hh), link, stream + First::STREAM_BYTES);
     if constexpr (C > 1) {
       if (thread() == 0)
-        for (int i = 0; i < HALVES; i++) signal_init(link.signals + i);
+        for (int i = 0; i < INBOXES; i++) signal_init(link.signals + i);
       cluster_sync(); // from here on neighbours write into this block's memory
-    } else {
+    }
+    if constexpr (First::TOLD) { // nobody is to hear what was told in another launch
+      for (int at = (link.rank * WARPS * 32 + thread()) * 16; at < PUBLISHED_BYTES; at += link.size * WARPS * 32 * 16)
+        *reinterpret_cast<Chunk *>(link.published + at) = Chunk{};
+      link.meeting.arrive();
+      link.meeting.wait();
+    } else if constexpr (C == 1) {
       block_sync();
     }
     first.weights.start();

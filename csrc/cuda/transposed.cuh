@@ -11,18 +11,21 @@
 //
 // Grid: blocks publish their gradients in L2. A block multiplies those of a C-th of the team, K = G H / C, for the
 // units of its cluster, whose blocks push partial sums to the owners. In a step each block fetches K N values, sends 4
-// M N bytes and does 2 K M N operations.
+// M N bytes and does 2 K M N operations. Many values are published behind a meeting; few are told word by word, with
+// the turn they are of, in twice the bytes: who sees the turn has the word.
 //
 // With C = 1 nothing is pushed in either form: partial sums of warps stay in the block.
 //
 // Who may overwrite what, and when? Exchanges are numbered by `turn`; of what is double, even and odd numbers have one.
-// * Inboxes are double in a cluster: a neighbour pushes number e + 2 after it has all of e + 1, of which this block
-//   sends its part after a block_sync that follows its reading of e. In a grid one will do: a neighbour multiplies
-//   e + 1 after this block has published it, which follows its reading of e. And with C = 1: block_syncs lie between.
+// * Inboxes are double: a neighbour pushes number e + 2 after it has all of e + 1, of which this block sends its part
+//   after a block_sync that follows its reading of e. With meetings one will do: a neighbour multiplies e + 1 after
+//   this block has published it, which follows its reading of e. And with C = 1: block_syncs lie between.
 // * Gradients to be multiplied are double in a cluster: a warp that is ahead puts e + 1 while others multiply e; it
 //   comes to e + 2 only after the block_sync of e + 1, which the others reach when they are done with e. With C = 1 the
-//   product ends in a block_sync; in a grid each warp fetches what it alone multiplies, or a meeting lies between.
-// * Published gradients are double: a block publishes e + 2 after all have arrived at e + 1, having fetched e.
+//   product ends in a block_sync; in a grid each warp fetches what it alone multiplies, or a block_sync lies between.
+// * Published gradients are double. With meetings a block publishes e + 2 after all have arrived at e + 1, having
+//   fetched e. Told, it is so when it has dh of e + 1: its neighbours have sent their parts, to which the gradients of
+//   all blocks went, hence each has told e + 1, which it did with dh of e in hand, made of all that its warps heard.
 // * Signals: the phase of the next number of the same signal cannot end before this block pushes its own part, behind a
 //   block_sync to which every thread comes when it has heard the last one. Nobody misses a phase.
 // * The end: whoever is pushed to waits for it, so nobody is gone while a neighbour writes into his memory.
@@ -41,9 +44,10 @@ struct Link {
   unsigned turn; // exchanges so far
 };
 
-// The part of W^T that belongs to gates [GATE, GATE + GATES), and its product. AT: where its shared memory begins.
+// The part of W^T that belongs to gates [GATE, GATE + GATES), and its product. MOST: gates of the larger of the cell's
+// products. AT: where its shared memory begins.
 template <class X, Exchange exchange, int C, int H, int U, int N, int WM, int WK, int KEPT, int IN_SHARED, int GATE,
-          int GATES, int AT>
+          int GATES, int MOST, int AT>
 struct Transposed {
   static constexpr bool JOINED = exchange == Exchange::Grid; // gradients of other blocks come through L2
   static constexpr int WARPS = WM * WK, OCTETS = U / 8, N_TILES = N / 8, HALVES = !JOINED && C > 1 ? 2 : 1;
@@ -54,6 +58,11 @@ struct Transposed {
   static constexpr bool ALONE = WM == 1;                                        // warps share none of what they fetch
 
   using Weights = Matrix<X, GROUPS, K_TILES, KEPT, IN_SHARED, WARPS>;
+  // Whether gradients go through L2 word by word with the turn they are of, rather than by a meeting: twice the bytes,
+  // but neither a fence nor a counter, which cost as much as some 20 KB do.
+  static constexpr bool TOLD = JOINED && SENDERS * MOST * U * N * int(sizeof(X)) <= 16 << 10;
+  static constexpr int INBOXES = C > 1 && (TOLD || !JOINED) ? 2 : 1;
+
   using Gradients = Operand<X, K_TILES * WK * TILE, N>;      // line: sender, gate, unit
   using Published = Operand<X, C * SENDERS * OWN, N>;        // of the team
   using Partial = Sums<WK, C * OCTETS * N_TILES, 1>;         // of the warps of a block
@@ -61,7 +70,8 @@ struct Transposed {
 
   static constexpr int AT_GRADIENTS = AT + Weights::SHARED_BYTES, AT_PARTIAL = AT_GRADIENTS + HALVES * Gradients::BYTES;
   static constexpr int END = AT_PARTIAL + (GATES > 0 && C > 1 && WK > 1 ? Partial::BYTES : 0);
-  static constexpr int PUBLISHED_BYTES = JOINED ? 2 * Published::BYTES : 0, STREAM_BYTES = Weights::STREAM_BYTES;
+  static constexpr int PUBLISHED_BYTES = JOINED ? (TOLD ? 4 : 2) * Published::BYTES : 0,
+                       STREAM_BYTES = Weights::STREAM_BYTES;
 
   Weights weights;
 
@@ -90,25 +100,33 @@ struct Transposed {
 
   // Gradients of this lane's two rows of n-tile `nt`: line g U + u of the block. All lines are put, zeros beyond H.
   GK_DEVICE static void put(const Link &link, int nt, int line, float low, float high) {
-    if constexpr (JOINED)
+    if constexpr (TOLD) {
+      unsigned w[Gradients::WORDS];
+      pack(w, low, high, X{});
+      Told *to = told(link, nt, link.rank * OWN + line) + lane() % 4 * Gradients::WORDS;
+      GK_UNROLL for (int i = 0; i < Gradients::WORDS; i++) tell(to + i, w[i], link.turn + 1);
+    } else if constexpr (JOINED) {
       Published{link.published + link.turn % 2 * Published::BYTES}.put(nt, link.rank * OWN + line, low, high);
-    else
+    } else {
       gradients(link.turn).put(nt, line, low, high);
+    }
   }
 
   // One exchange, after which gather has dh. Only the first `live` rows of the tile count. `ask` begins loads that are
   // wanted afterwards, `keep` stores what nobody waits for; both run where they delay others least.
   template <class Ask, class Keep> GK_DEVICE void multiply(Link &link, int live, Ask ask, Keep keep) {
     const int n_tiles = (live + 7) / 8;
-    if constexpr (JOINED) {
+    if constexpr (JOINED && !TOLD)
       link.meeting.arrive();
-      ask();
-      keep();
+    else
+      block_sync(); // all warps have put their gradients, and read what the last exchange brought
+    ask();
+    if constexpr (JOINED) keep();
+    if constexpr (TOLD) {
+      hear_all(link, n_tiles);
+    } else if constexpr (JOINED) {
       link.meeting.wait();
       fetch(link, n_tiles);
-    } else {
-      block_sync(); // all gradients of the block are put
-      ask();
     }
     float d[Weights::M_TILES][N_TILES][4];
     weights.multiply(d, gradients(link.turn), wk() * K_TILES);
@@ -136,7 +154,7 @@ struct Transposed {
         }
       }
       if constexpr (!JOINED) keep();
-      signal_wait(signal(link), link.turn / HALVES % 2);
+      signal_wait(signal(link), link.turn / INBOXES % 2);
     }
     link.turn++;
   }
@@ -155,22 +173,59 @@ private:
     return {shared() + AT_GRADIENTS + turn % HALVES * Gradients::BYTES};
   }
   GK_DEVICE static Inbox inbox(const Link &link, unsigned turn) {
-    return {link.inboxes + turn % HALVES * Inbox::BYTES};
+    return {link.inboxes + turn % INBOXES * Inbox::BYTES};
   }
-  GK_DEVICE static Signal *signal(const Link &link) { return link.signals + link.turn % HALVES; }
+  GK_DEVICE static Signal *signal(const Link &link) { return link.signals + link.turn % INBOXES; }
 
-  // What this warp multiplies, or what all do where warps share it. A team may have fewer blocks than H allows for.
+  GK_DEVICE static Told *told(const Link &link, int nt, int line) {
+    return reinterpret_cast<Told *>(link.published) +
+           ((link.turn % 2 * N_TILES + nt) * C * SENDERS * OWN + line) * (Gradients::LINE / 4);
+  }
+
+  // Of the bytes of an n-tile that this block multiplies, those that this warp fetches, or all where warps share them.
+  // A team may have fewer blocks than H allows for.
+  static constexpr int PART = (ALONE ? 1 : WK) * K_TILES * TILE * Gradients::LINE, FETCHING = ALONE ? 32 : 32 * WARPS;
+  struct Range {
+    int begin, end; // from this thread's first to the end of all
+  };
+  GK_DEVICE static Range part(const Link &link, int bytes_at_once) {
+    const int begin = ALONE ? wk() * PART : 0, senders = link.size - link.c * SENDERS;
+    const int bytes = (senders < SENDERS ? senders : SENDERS) * OWN * Gradients::LINE;
+    return {begin + (ALONE ? lane() : thread()) * bytes_at_once, begin + PART < bytes ? begin + PART : bytes};
+  }
   GK_DEVICE static void fetch(const Link &link, int n_tiles) {
-    constexpr int ALL = (ALONE ? 1 : WK) * K_TILES * TILE * Gradients::LINE, THREADS = ALONE ? 32 : 32 * WARPS;
-    const int begin = (ALONE ? wk() : 0) * ALL, senders = link.size - link.c * SENDERS;
-    const int bytes = (senders < SENDERS ? senders : SENDERS) * OWN * Gradients::LINE,
-              end = begin + ALL < bytes ? begin + ALL : bytes;
+    const Range mine = part(link, 16);
     const Published from{link.published + link.turn % 2 * Published::BYTES};
     for (int nt = 0; nt < n_tiles; nt++)
-      for (int at = begin + (ALONE ? lane() : thread()) * 16; at < end; at += THREADS * 16)
+      for (int at = mine.begin; at < mine.end; at += FETCHING * 16)
         copy16_async(gradients(0).line(nt, 0) + at, from.line(nt, link.c * SENDERS * OWN) + at);
     copy_commit();
     copy_wait();
+    fetched();
+  }
+  // Several pairs of words of a lane at a time: the way to L2 and back is long.
+  GK_DEVICE static void hear_all(const Link &link, int n_tiles) {
+    constexpr int EACH = (PART + FETCHING * 8 - 1) / (FETCHING * 8), AT_ONCE = EACH < 8 ? EACH : 8;
+    const Range mine = part(link, 8);
+    for (int nt = 0; nt < n_tiles; nt++) {
+      const Told *from = told(link, nt, link.c * SENDERS * OWN);
+      GK_LOOP for (int at = mine.begin; at < mine.end; at += AT_ONCE * FETCHING * 8) {
+        const Told *pairs[AT_ONCE];
+        Half words[AT_ONCE];
+        GK_UNROLL for (int i = 0; i < AT_ONCE; i++) {
+          const int here = at + i * FETCHING * 8;
+          pairs[i] = here < mine.end ? from + here / 4 : nullptr;
+        }
+        hear(words, pairs, link.turn + 1);
+        Half *to = reinterpret_cast<Half *>(gradients(0).line(nt, 0) + at);
+        GK_UNROLL for (int i = 0; i < AT_ONCE; i++) {
+          if (pairs[i]) to[i * FETCHING] = words[i];
+        }
+      }
+    }
+    fetched();
+  }
+  GK_DEVICE static void fetched() {
     if constexpr (ALONE)
       warp_sync();
     else

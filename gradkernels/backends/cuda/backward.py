@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .variant import BYTES, FRAGMENT, TILE, Variant
 
 COUNTED = 1 << 20  # bytes that a signal can wait for, and one more
+TOLD_AT_MOST = 16 << 10  # bytes that a block fetches word by word, as in transposed.cuh
 NORM_BYTES = 8  # of a squared norm
 
 
@@ -38,8 +39,19 @@ class Backward(Variant):
 
     @property
     def halves(self) -> int:
-        """Buffers of what blocks of a cluster push to each other, and of what they multiply."""
+        """Buffers of gradients that a block of a cluster multiplies."""
         return 2 if self.exchange == "cluster" and self.C > 1 else 1
+
+    @property
+    def told(self) -> bool:
+        """Whether gradients go through a grid word by word with the turn they are of, rather than by a meeting."""
+        mine = self.senders * max(self.products) * self.U * self.N * BYTES[self.number]
+        return self.exchange == "grid" and mine <= TOLD_AT_MOST
+
+    @property
+    def inboxes(self) -> int:
+        """Buffers of partial sums."""
+        return 2 if self.C > 1 and (self.told or self.exchange == "cluster") else 1
 
     @property
     def products(self) -> list[int]:
@@ -72,7 +84,7 @@ class Backward(Variant):
             total += self.in_shared(self.groups, self.k_tiles(gates)) + self.halves * self.N * lines
             if self.C > 1 and self.WK > 1:  # partial sums of warps
                 total += self.WK * self.C * items * FRAGMENT // 2
-        total += self.halves * (self.C if self.C > 1 else self.WK) * items * FRAGMENT // 2 + 16 * (self.C > 1)
+        total += self.inboxes * (self.C if self.C > 1 else self.WK) * items * FRAGMENT // 2 + 16 * (self.C > 1)
         return total + NORM_BYTES * self.halves * self.WM * self.WK * self.cell.S * self.NORMS
 
     def exchange_bytes(self, team: int) -> int:
@@ -84,7 +96,9 @@ class Backward(Variant):
             raise ValueError(
                 f"{team} blocks of {self.U} units share {self.H} units; {self.C * self.senders} are enough"
             )
-        published = 2 * self.N * self.C * self.senders * max(self.products) * self.U * BYTES[self.number]
+        published = (
+            (4 if self.told else 2) * self.N * self.C * self.senders * max(self.products) * self.U * BYTES[self.number]
+        )
         streamed = sum(self.streamed(self.groups, self.k_tiles(gates)) for gates in self.products)
         return (published if self.exchange == "grid" else 0) + team * streamed
 
@@ -95,7 +109,7 @@ class Backward(Variant):
         weights *= 3 if self.number == "fp32" else 1  # and what tf32 holds of each, and of the rest
         slots = -(-self.octets * n_tiles // (self.WM * self.WK))
         values = cell.A + 4 * cell.S + cell.G * (2 if cell.split else 1) + 1 + len(cell.second)
-        return 40 + weights + 4 * m_tiles * n_tiles + slots * (2 * values + 8) + 4 * n_tiles
+        return 40 + 20 * self.told + weights + 4 * m_tiles * n_tiles + slots * (2 * values + 8) + 4 * n_tiles
 
     @property
     def template(self) -> str:
