@@ -171,6 +171,12 @@ struct Scatter { // reduce-scatter in a cluster, halves of a chunk
 // ---------------------------------------------------------------- ways to go wrong, by p.which
 
 struct Wrong {
+  __attribute__((noinline)) static int deep(int n) {
+    volatile int much[16 << 10];
+    much[n] = n;
+    return n ? deep(n - 1) + much[n] : 0;
+  }
+
   static void run(const Args &p) {
     Signal *s = (Signal *)shared();
     Chunk *place = (Chunk *)(shared() + 64);
@@ -287,6 +293,15 @@ struct Wrong {
       else
         block_sync();
       break;
+    case 25:
+      *(int *)(unsigned long long)(8 * p.n) = 1;
+      break; // nobody's memory
+    case 26:
+      out<char>(p, thread()) = shared()[4096 + p.n];
+      break;
+    case 27:
+      out<int>(p, thread()) = deep(64);
+      break; // more than there is of a stack
     }
   }
 };

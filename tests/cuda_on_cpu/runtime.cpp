@@ -31,16 +31,20 @@ void converge() {
   w.there = (w.there + 1) % warp_size;
 }
 
+void say_fault(const char *text) {
+  become(scheduler_tsan);
+  machine->outcome = Fault;
+  machine->report = std::string(text) + " (block " + std::to_string(self->block->index) + " thread " +
+                    std::to_string(self->thread) + " at " + self->call.text() + ")";
+}
+
 void fault(const char *format, ...) {
   char text[500];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  become(scheduler_tsan);
-  machine->outcome = Fault;
-  machine->report = std::string(text) + " (block " + std::to_string(self->block->index) + " thread " +
-                    std::to_string(self->thread) + " at " + self->call.text() + ")";
+  say_fault(text);
   for (;;) swapcontext(&self->context, &scheduler);
 }
 

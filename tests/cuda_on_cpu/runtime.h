@@ -2,7 +2,8 @@
 // is ours to choose. What a GPU leaves undefined is a fault.
 #pragma once
 
-extern "C" { // of ThreadSanitizer; null without it
+extern "C" { // of sanitizers; null without them
+__attribute__((weak)) void __asan_init(void);
 __attribute__((weak)) void *__tsan_create_fiber(unsigned);
 __attribute__((weak)) void __tsan_destroy_fiber(void *);
 __attribute__((weak)) void *__tsan_get_current_fiber(void);

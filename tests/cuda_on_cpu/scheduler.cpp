@@ -1,6 +1,8 @@
 // Who runs when, and what is said when nobody can.
 #include "state.h"
 #include <algorithm>
+#include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <random>
@@ -17,9 +19,62 @@ void *scheduler_tsan;
 
 namespace {
 
-constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4 << 10;
+constexpr size_t stack_bytes = 256 << 10, page = 4 << 10;
 std::mutex one_launch;
 std::string report_text, sites_text;
+
+bool sanitized() { return __tsan_create_fiber || __asan_init; }
+
+// Pages between two that nobody may touch. An address sanitizer watches what comes from malloc more closely.
+class Pages {
+public:
+  explicit Pages(size_t bytes) : size((bytes + page - 1) / page * page) {
+    memory = static_cast<char *>(
+        mmap(nullptr, size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory == MAP_FAILED || mprotect(memory + page, size, PROT_READ | PROT_WRITE)) abort();
+  }
+  Pages(const Pages &) = delete;
+  ~Pages() { munmap(memory, size + 2 * page); }
+  char *begin() const { return memory + page; }
+  char *end() const { return begin() + size; }
+  const size_t size;
+
+private:
+  char *memory;
+};
+
+// A thread that touches what is not there ends the launch, not the process: its stack is too small, or an address
+// wrong.
+class Watch {
+public:
+  Watch() : stack(64 << 10) {
+    if (sanitized()) return;
+    stack_t own{};
+    own.ss_sp = stack.begin(), own.ss_size = stack.size;
+    struct sigaction action{};
+    action.sa_sigaction = touched, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaltstack(&own, &stack_before);
+    for (int i = 0; i < 2; i++) sigaction(signals[i], &action, &before[i]);
+  }
+  ~Watch() {
+    if (sanitized()) return;
+    for (int i = 0; i < 2; i++) sigaction(signals[i], &before[i], nullptr);
+    sigaltstack(&stack_before, nullptr);
+  }
+
+private:
+  static void touched(int, siginfo_t *info, void *) {
+    if (!self) abort(); // the scheduler's own
+    char text[100];
+    snprintf(text, sizeof text, "nothing is at address %p", info->si_addr);
+    say_fault(text);
+    setcontext(&scheduler);
+  }
+  static constexpr int signals[2] = {SIGSEGV, SIGBUS};
+  Pages stack;
+  stack_t stack_before;
+  struct sigaction before[2];
+};
 
 } // namespace
 
@@ -108,8 +163,32 @@ void describe_hang(Machine &m) {
   m.outcome = Hang, m.report = text.str();
 }
 
-void build(Machine &m, char *stacks, std::mt19937 &random) {
+// Where a launch is: stacks and shared memory, until its end.
+struct Memory {
+  std::vector<std::unique_ptr<Pages>> pages;
+  std::vector<std::unique_ptr<char, decltype(&free)>> watched;
+
+  char *stack() {
+    pages.push_back(std::make_unique<Pages>(stack_bytes));
+    return pages.back()->begin();
+  }
+  char *shared(int bytes) { // full of NaN, with nothing behind it
+    char *memory;
+    if (sanitized()) {
+      void *p = nullptr;
+      if (posix_memalign(&p, 128, std::max(bytes, 1))) abort();
+      watched.emplace_back(memory = static_cast<char *>(p), free);
+    } else {
+      pages.push_back(std::make_unique<Pages>(bytes));
+      memory = pages.back()->end() - (bytes + 127) / 128 * 128;
+    }
+    return static_cast<char *>(memset(memory, 0xff, bytes));
+  }
+};
+
+void build(Machine &m, Memory &memory, std::mt19937 &random) {
   const Launch &how = m.how;
+  const int warps = how.threads / warp_size;
   m.clusters = std::vector<Cluster>(how.blocks / how.cluster);
   for (int i = 0; i < how.blocks; i++) {
     auto b = std::make_unique<Block>();
@@ -117,21 +196,17 @@ void build(Machine &m, char *stacks, std::mt19937 &random) {
     b->cluster = &m.clusters[i / how.cluster];
     b->cluster->barrier.size += how.threads;
     b->cluster->blocks.push_back(b.get());
-    b->warps = std::make_unique<Warp[]>(how.threads / warp_size);
-    for (int w = 0; w < how.threads / warp_size; w++)
-      b->warps[w].meeting.size = b->warps[w].ordered.size = warp_size,
-      b->warps[w].priority =
-          how.order == Order::Starve ? how.seed != unsigned(i * how.threads / warp_size + w) : random();
-    void *memory = nullptr;
-    if (posix_memalign(&memory, 128, std::max(how.shared_bytes, 1))) abort();
-    b->shared = static_cast<char *>(memset(memory, 0xff, how.shared_bytes)); // NaN
+    b->shared = memory.shared(how.shared_bytes);
+    b->warps = std::make_unique<Warp[]>(warps);
+    for (int w = 0; w < warps; w++) {
+      b->warps[w].meeting.size = b->warps[w].ordered.size = warp_size;
+      b->warps[w].priority = how.order == Order::Starve ? how.seed != unsigned(i * warps + w) : random();
+    }
     for (int t = 0; t < how.threads; t++) {
       auto f = std::make_unique<Fiber>();
       f->block = b.get(), f->thread = t;
       getcontext(&f->context);
-      char *stack = stacks + m.fibers.size() * (stack_bytes + guard_bytes);
-      mprotect(stack, guard_bytes, PROT_NONE);
-      f->context.uc_stack.ss_sp = stack + guard_bytes, f->context.uc_stack.ss_size = stack_bytes;
+      f->context.uc_stack.ss_sp = memory.stack(), f->context.uc_stack.ss_size = stack_bytes;
       makecontext(&f->context, run_fiber, 0);
       if (__tsan_create_fiber) f->tsan = __tsan_create_fiber(0);
       m.fibers.push_back(std::move(f));
@@ -172,6 +247,7 @@ void run_all(Machine &m, std::mt19937 &random) {
       self = f;
       become(f->tsan);
       swapcontext(&scheduler, &f->context);
+      self = nullptr;
       if (f->state == Fiber::Ended) alive--;
       if (m.outcome != Done) break;
     }
@@ -193,17 +269,14 @@ Outcome launch(const Launch &how, void (*kernel)(const void *), const void *argu
   } else {
     std::mt19937 random(how.seed);
     scheduler_tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
-    const size_t bytes = size_t(how.blocks) * how.threads * (stack_bytes + guard_bytes);
-    void *stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) abort();
+    Memory memory;
+    const Watch watch;
     release(&m.start);
-    build(m, static_cast<char *>(stacks), random);
+    build(m, memory, random);
     run_all(m, random);
     acquire(&m.end);
     for (auto &f : m.fibers)
       if (f->tsan) __tsan_destroy_fiber(f->tsan);
-    for (auto &b : m.grid) free(b->shared);
-    munmap(stacks, bytes);
   }
   report_text = m.report;
   sites_text.clear();

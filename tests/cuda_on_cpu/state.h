@@ -145,6 +145,7 @@ inline void copy_unseen(void *to, const void *from, unsigned bytes) {
     static_cast<volatile char *>(to)[i] = static_cast<const volatile char *>(from)[i];
 }
 
-void yield(); // to the scheduler
+void yield();                     // to the scheduler
+void say_fault(const char *text); // and who, and where; the launch ends when the scheduler runs
 
 } // namespace gk::twin

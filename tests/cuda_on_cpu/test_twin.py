@@ -153,6 +153,9 @@ def test_relay():
     (22, "bytes 16064 to 16080 are not all of the 4096 of shared memory .*push"),
     (23, "a tf32 as_operand: the tensor core would cut 0.1"),
     (24, "the warp is apart: .*block_sync, this one is not .*signal_wait"),
+    (25, "nothing is at address 0x38 .block 0 thread 0 at"),
+    (26, "nothing is at address 0x[0-9a-f]+007 .block 0 thread 0"),
+    (27, "nothing is at address"),
 ])  # fmt: skip
 def test_faults(which, said):
     out = torch.zeros(128, dtype=torch.int32)
