@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from gradkernels.cells import Cell
 
+from .backward import Backward
 from .variant import BYTES, Variant
 
 
@@ -83,7 +84,7 @@ def _product(v: Variant, which: str, share: tuple[int, int], tiles: tuple[int, i
     if v.exchange == "cluster":
         handed = v.N * v.C * v.U * size / m.neighbour if which == "forward" else pushed
         return cycles + (m.neighbour_latency + handed if v.C > 1 else 0)
-    if which == "forward":
+    if which == "forward" or (isinstance(v, Backward) and v.told):
         cycles += m.told + 2 * v.N * K * size / m.l2  # words come with their turns
     else:
         cycles += m.barrier + m.l2_latency + v.N * K * size / m.l2
