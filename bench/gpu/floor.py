@@ -61,6 +61,10 @@ def constants(report: dict[str, Any]) -> dict[str, tuple[float, str]]:
     if barriers := records(report, "grid barrier"):
         r = max(barriers, key=lambda r: r["blocks"])
         found["barrier"] = cycles(r["us"]), f"grid barrier of {r['blocks']} blocks"
+    if words := records(report, "words through L2"):
+        blocks = max(r["blocks"] for r in words)
+        a, _ = line([(2 * r["bytes"] * r["sources"], cycles(r["us"])) for r in words if r["blocks"] == blocks])
+        found["told"] = max(0.0, a), f"words through L2 between {blocks} blocks, hardly any"
     if pushes := records(report, "all-gather"):
         C = max(r["C"] for r in pushes)
         a, b = line([(C * r["bytes"], cycles(r["us"])) for r in pushes if r["C"] == C and r["blocks"] == C])

@@ -72,6 +72,10 @@ def grid_exchange(warps: int = 8) -> Micro:
     return Micro(f"GridExchange<{warps}>", 32 * warps, cooperative=True)
 
 
+def words(warps: int = 8) -> Micro:
+    return Micro(f"Words<{warps}>", 32 * warps, cooperative=True)
+
+
 def stream(warps: int = 8) -> Micro:
     return Micro(f"Stream<{warps}>", 32 * warps)
 
@@ -127,6 +131,10 @@ def exchanged(blocks: int, bytes: int = 0, sources: int = 0, warps: int = 8, rou
     return Part(what, grid_exchange(warps), blocks, rounds, bytes, sources, exchange=max(16, 2 * blocks * bytes))
 
 
+def told(blocks: int, bytes: int, sources: int, warps: int = 8, rounds: int = 1000) -> Part:
+    return Part("words through L2", words(warps), blocks, rounds, bytes, sources, exchange=4 * blocks * bytes)
+
+
 def parts(machine: Any, quick: bool = False) -> Iterator[Part]:
     """All of them for a machine, those that the model of the floor cannot do without first."""
     full = machine.multiprocessors
@@ -139,6 +147,8 @@ def parts(machine: Any, quick: bool = False) -> Iterator[Part]:
             yield Part("all-gather", all_gather(C), C, 1000, bytes)
     for blocks in dict.fromkeys(min(n, full) for n in (32, 64, 128, full)):
         yield exchanged(blocks)
+        for bytes in (16, 256):
+            yield told(blocks, bytes, blocks)
         for bytes in (512,) if quick else (128, 512):
             for sources in (blocks,) if quick else (blocks, blocks // 8):
                 yield exchanged(blocks, bytes, sources)
@@ -170,6 +180,8 @@ def launch(machine: Any, part: Part, device: torch.device) -> Callable[[int], to
 
     def run(rounds: int) -> torch.Tensor:
         arrivals.zero_()
+        if part.what == "words through L2":
+            exchange.zero_()  # turns of the launch before would be heard
         pointers = (t.data_ptr() for t in (arrivals, exchange, out))
         kernel.launch(part.blocks, Arguments(rounds, part.bytes, part.sources, *pointers))
         return out

@@ -15,7 +15,8 @@ struct MicroArgs {
   int bytes;          // that a block hands to each other block in a round: a multiple of 16; Stream reads whole sweeps
   int sources;        // whom it takes them from, or plays with
   unsigned *arrivals; // [1] zero at launch
-  char *exchange; // [2, blocks, bytes]; Stream: [blocks, bytes]; Products: [M, K, 4, 32] pairs or ones of X, all one
+  char *exchange; // [2, blocks, bytes], twice that for Words, and zero at launch; Stream: [blocks, bytes]; Products:
+                  // [M, K, 4, 32] pairs or ones of X, all one
   unsigned *out;  // [blocks, threads] what each thread has seen last
 };
 
@@ -113,6 +114,40 @@ template <int W> struct GridExchange {
         least = w < least ? w : least;
       }
       seen = least == unsigned(i + 1) ? seen + 1 : seen;
+    }
+    p.out[block() * THREADS + thread()] = seen;
+  }
+};
+
+// Every block tells `bytes`, word by word with its turn, and goes on when it has heard what `sources` blocks told in
+// this turn. Blocks that are not all of the others' sources may be a turn or two ahead of them, and then later words
+// are heard.
+template <int W> struct Words {
+  static constexpr int THREADS = 32 * W, SHARED_BYTES = 0, AHEAD = 4;
+  GK_DEVICE static void run(const MicroArgs &p) {
+    const int words = p.bytes / int(sizeof(unsigned)), pairs = p.sources * (words / 2);
+    unsigned seen = 0;
+    for (int i = 0; i < p.rounds; i++) {
+      const unsigned turn = i + 1;
+      Told *buffer = (Told *)p.exchange + int64(i % 2) * blocks() * words;
+      for (int k = thread(); k < words; k += THREADS) tell(buffer + int64(block()) * words + k, turn, turn);
+      unsigned least = turn, most = turn;
+      for (int k = thread(); k < pairs; k += AHEAD * THREADS) {
+        Half heard[AHEAD];
+        const Told *from[AHEAD];
+        GK_UNROLL for (int j = 0; j < AHEAD; j++) {
+          const int at = k + j * THREADS, source = (block() + at / (words / 2)) % blocks();
+          heard[j] = Half{{turn, turn}};
+          from[j] = at < pairs ? buffer + int64(source) * words + at % (words / 2) * 2 : nullptr;
+        }
+        hear(heard, from, turn);
+        GK_UNROLL for (int j = 0; j < AHEAD; j++) GK_UNROLL for (int h = 0; h < 2; h++) {
+          least = heard[j].w[h] < least ? heard[j].w[h] : least;
+          most = heard[j].w[h] > most ? heard[j].w[h] : most;
+        }
+      }
+      if (least == turn && (most == turn || p.sources < blocks())) seen++;
+      block_sync(); // what the block tells from here on says that all of it has heard
     }
     p.out[block() * THREADS + thread()] = seen;
   }

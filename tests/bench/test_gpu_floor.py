@@ -21,6 +21,7 @@ def test_constants_as_worked_out_by_hand():  # a cycle is a nanosecond there
     assert found["mma"] == pytest.approx(400 * 4 / (32 * 8))  # 32 products by each of 8 warps, on quarters
     assert found["chain"] == pytest.approx(4 * 640 / 16)
     assert found["barrier"] == pytest.approx(1500), "of the largest grid"
+    assert found["told"] == pytest.approx(1000), "1250 at 4 KB heard, 5000 at 64 KB"
     assert found["neighbour_latency"] == pytest.approx(300)  # 400 at 1600 bytes received, 600 at 4800
     assert found["neighbour"] == pytest.approx(3200 / 200)
     assert found["l2"] == pytest.approx(65536 / 4096)

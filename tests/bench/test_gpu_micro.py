@@ -25,6 +25,7 @@ from bench.gpu.kernels import (
     ping_pong,
     stream,
     tensor_cores,
+    told,
 )  # fmt: skip
 from gradkernels.backends.cuda import nvrtc
 from gradkernels.cells.codegen import device_struct
@@ -40,6 +41,9 @@ PARTS = [
     exchanged(4, warps=2, rounds=5),
     exchanged(4, 64, 4, 2, 5),
     exchanged(4, 64, 2, 2, 5),
+    told(4, 64, 4, 2, 5),
+    told(4, 8, 4, 1, 5),
+    told(4, 64, 2, 1, 5),
     *(tensor_cores(number, 2, 2, 2, 2, 3) for number in NUMBERS),
     Part("weights from L2", stream(1), 2, 3, 4096, exchange=2 * 4096),
 ]
