@@ -99,10 +99,11 @@ def padded(units: int) -> int:
     return max(ROWS, triton.next_power_of_2(units))
 
 
-def is_resident(cell: Cell, H: int, R: int, number: Number, at: Limits) -> bool:
-    """Whether one program keeps the recurrent matrix: all gates of all units, padded, in three quarters of shared memory."""
-    matrix = cell.G * padded(H) * padded(R) * number.bytes
-    return matrix <= (at.shared * 3 // 4 if number.tensor_cores else PLAIN_BYTES)
+def is_resident(cell: Cell, H: int, R: int, projected: bool, number: Number, at: Limits) -> bool:
+    """Whether one program keeps the recurrent matrix, all gates of all units, and the projection: padded, in three quarters of
+    shared memory, the rest being for exchanges between its warps."""
+    matrices = (cell.G + projected) * padded(H) * padded(R) * number.bytes
+    return matrices <= (at.shared * 3 // 4 if number.tensor_cores else PLAIN_BYTES)
 
 
 def resident_options(H: int, number: Number) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """The walk for few units: one program has BM rows of the batch and all units, and the matrix stays with it for all steps.
 
-The matrix is loaded once, before the loop; the compiler keeps it in registers or shared memory. A step is then: one product
+The matrix is loaded once, before the loop; the compiler puts it into shared memory. A step is then: one product
 [BM, R] x [R, G H], the cell, stores. What the next step reads from memory is loaded before the products of this one, so that
 its latency hides behind them. Programs never meet, rows of the batch being independent, and one launch does the sequence.
 
-Counted per step and program, e bytes a value: 2 BM G H R operations on tensor cores and no byte of the matrix; forward reads
-BM G H e and writes BM (1 + A) H e; backward reads BM (A + 2 S + 1) H e and writes BM G H e (twice where a gate is split). At
-BM = 16 and H = 64 that is some 10 KB and 0.5 MFLOP: a step is latency, of one product, one exchange between warps, one cell.
-So BM is the least a tensor core takes, 16, for the most programs.
+Counted per step and program, e bytes a value: 2 BM G H R operations on tensor cores; G H R e from shared memory, at 128 a clock;
+two special functions, of 16 a clock, for every sigmoid and tanh; forward reads BM G H e from memory and writes BM (1 + A) H e;
+backward reads BM (A + 2 S + 1) H e and writes BM G H e (twice where a gate is split). An LSTM in 16 bits, forward, BM = 16:
+
+    H = 64    256 clocks of shared memory, 640 of special functions, 8 KB in and 10 KB out
+    H = 128  1024                         1280                      16 KB        20 KB
+
+A step is latency, then: of one product, the exchanges between warps around it, one cell. So BM is the least that a tensor
+core takes, 16, for the most programs.
 
 Units are padded to a power of two: with zeros in the matrix, so that no product sees what padded units hold.
 

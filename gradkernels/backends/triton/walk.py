@@ -69,7 +69,7 @@ def walk_forward(
     number = Number.of(gates.dtype, at)
     arguments = common(cell, steps, number, at, H, R)
     arguments |= {"gates": gates, "bias": b_hh, "seq": tuple(seq), "raw": raw, "acts": acts}
-    if is_resident(cell, H, R, number, at):
+    if is_resident(cell, H, R, w_hr is not None, number, at):
         arguments |= {"w_hh": w_hh, "w_hr": w_hr, "state": tuple(state), "final": tuple(final), "BM": ROWS}
         launch(resident.forward_walk, (triton.cdiv(B, ROWS),), arguments, resident_options(H, number))
         return
@@ -130,7 +130,7 @@ def walk_backward(
     """The walk of `_sequence.backward`."""
     at, (B, R), H, S = limits(), state[0].shape, w_hh.shape[0] // cell.G, cell.S
     number = Number.of(dgates.dtype, at)
-    resides = is_resident(cell, H, R, number, at)
+    resides = is_resident(cell, H, R, w_hr is not None, number, at)
     arguments = common(cell, steps, number, at, H, R) | {
         "grads": tuple(grads[:S]), "seq": tuple(seq), "raw": raw, "acts": acts, "state": tuple(state),
         "dgates": dgates, "dr": dr, "operand": operand, "dproj": dproj,

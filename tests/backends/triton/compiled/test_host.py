@@ -70,10 +70,11 @@ def test_products_that_triton_has_not_got_are_not_asked_for(monkeypatch):
 
 def test_who_keeps_the_matrix():
     bf16, fp64 = NUMBERS.values()
-    small = lambda name, H, number, at: is_resident(CELLS[name], H, H, number, at)
+    small = lambda name, H, number, at, R=0: is_resident(CELLS[name], H, R or H, bool(R), number, at)
     assert small("lstm", 128, bf16, LARGE) and not small("lstm", 129, bf16, LARGE)
     assert small("lstm", 64, bf16, SMALL) and not small("lstm", 128, bf16, SMALL)
     assert small("rnn_tanh", 256, bf16, LARGE) and not small("gru", 256, bf16, LARGE)
+    assert small("rnn_tanh", 256, bf16, LARGE, R=128) and not small("rnn_tanh", 256, bf16, LARGE, R=200)
     assert small("gru", 16, fp64, LARGE) and not small("gru", 32, fp64, LARGE)
 
 

@@ -50,7 +50,7 @@ def test_rounded(case, dtype, kind):
     compare(case, dtype)
 
 
-@pytest.mark.parametrize("cell, layout", zip(GATES, 2 * LAYOUTS))
+@pytest.mark.parametrize("cell, layout", list(zip(GATES, 2 * LAYOUTS)))
 def test_gradcheck(cell, layout, kind):
     case = Case(cell, T=2, B=2, I=1, H=2, layout=layout, reverse=layout == "packed")
     assert torch.autograd.gradcheck(case.call("triton"), tuple(case.tensors().values()), fast_mode=True)
