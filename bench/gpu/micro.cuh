@@ -56,8 +56,7 @@ template <int C> struct PingPong {
         if (plays && rank != 0) push(slot, other, Chunk{{seen + 1, 0, 0, 0}}, signal);
       }
     }
-    cluster_sync(); // nobody leaves while something is on its way to it
-    p.out[block() * THREADS + thread()] = seen;
+    p.out[block() * THREADS + thread()] = seen; // whoever leaves has waited for all that was on its way to it
   }
 };
 
@@ -84,8 +83,7 @@ template <int C, int W, int MOST> struct AllGather {
       seen = ((Chunk *)(buffer + k % C * MOST))[k / C].w[0];
       block_sync(); // the block's next pushes say that all of it has read: only then may others write here again
     }
-    cluster_sync();
-    p.out[block() * THREADS + thread()] = seen;
+    p.out[block() * THREADS + thread()] = seen; // whoever leaves has waited for all that was on its way to it
   }
 };
 
