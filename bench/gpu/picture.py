@@ -73,7 +73,7 @@ def cluster(ax: Axes) -> None:
     box(ax, 5.76, 0.58, 0.5, 3.44, tone(MEMORY, 0.35), MEMORY)
     text(ax, 6.01, 2.3, "distributed shared memory", 8.4, rotation=90)
     text(
-        ax, 6.45, 2.3, "New states are pushed\ninto every block;\neach counts the bytes\nthat arrive.\n\nTwo buffers, and\nno barrier between blocks.\n\n"
+        ax, 6.45, 2.3, "New states are pushed\ninto every block;\neach counts the bytes\nthat arrive.\n\nTwo buffers, and\nno barrier between\nblocks.\n\n"
         "Backward: partial sums\nof dh, each to the\nowner of the unit.", 8.2, ha="left",
     )  # fmt: skip
 
@@ -93,8 +93,8 @@ def grid(ax: Axes) -> None:
     box(ax, 6.54, 0.58, 0.5, 3.44, tone(MEMORY, 0.35), MEMORY)
     text(ax, 6.79, 2.3, "state in L2", 8.4, rotation=90)
     text(
-        ax, 7.2, 2.3, "A block fetches its\nquarter of the state;\nsums meet in the cluster;\nnew states go to L2.\n\nOne barrier of the grid:\narrive, store what\n"
-        "nobody waits for, wait.\n\nBackward: gradients of\ngates through L2, dh\nsummed in the cluster.", 8.2, ha="left",
+        ax, 7.2, 2.3, "A block hears its\nquarter of the state;\nsums meet in the cluster;\nnew states go to L2.\n\nEvery word comes with\nthe turn it is of:\n"
+        "no fence, no counter.\n\nBackward: gradients of\ngates through L2, dh\nsummed in the cluster.", 8.2, ha="left",
     )  # fmt: skip
 
 
