@@ -16,25 +16,17 @@ LAYOUTS = ("dense", "packed", "lengths")
 NUMBERS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 SMALL = {"bf16": 64, "fp16": 63, "tf32": 32, "fp32": 16, "fp64": 16}  # units of which one program keeps the matrix
 BATCHES = (64, 16, 1024)
-SPILLED = (
-    128,
-    8,
-)  # bytes of a thread: in the largest tiles, where it is little beside the chunks; elsewhere a frame of one value
+# Bytes of a thread: a frame of one value; in the largest tiles some more, which is little beside the chunks.
+SPILLED, SPILLED_LARGE = 8, 128
 
 shift = 1 if triton.__version__ < "3.7" else 0
 KINDS = [
-    (cell, projected, resident)
-    for cell in CELLS
-    for projected in (0, 1)[: 1 + CELLS[cell].projects]
-    for resident in (1, 0)
+    (cell, projected, resident) for cell, projected in [*((c, 0) for c in CELLS), ("lstm", 1)] for resident in (1, 0)
 ]
 CASES = []
 for n, (cell, projected, resident) in enumerate(KINDS):
-    number, batch, architecture = (
-        NUMBERS[(n + shift) % 5],
-        BATCHES[(n + n // 3) % 3],
-        ARCHITECTURES[(n // 2 + shift) % 3],
-    )
+    number, batch = NUMBERS[(n + shift) % 5], BATCHES[(n + n // 3) % 3]
+    architecture = ARCHITECTURES[(n // 2 + shift) % 3]
     H = SMALL[number] if resident else 1000 if n % 4 == 3 else 1024
     layout, reverse, norms = LAYOUTS[(n // 3) % 3], n // 2 % 2 == 1, n // 4 % 2 == 1
     call = Call(cell, number, H, H // 2 * projected, batch, 2, layout, reverse, norms)
@@ -63,7 +55,7 @@ def test_compiles(call, architecture, resident, monkeypatch):
             f"{call} sm_{architecture} {kernel.name}: {registers} registers, {spilled} B spilled, {kernel.shared} B shared"
         )
         assert 16 <= registers <= 255 and kernel.shared <= offline.SHARED[architecture]
-        assert spilled <= SPILLED[call.B <= 512], kernel.name
+        assert spilled <= (SPILLED_LARGE if call.B > 512 else SPILLED), kernel.name
 
 
 @pytest.mark.parametrize("architecture", ["gfx942", "gfx1100"])
