@@ -76,10 +76,12 @@ template <class X, Exchange exchange, int C, int H, int U, int N, int THREADS, i
     if constexpr (grid) { // no word may be heard that was told in another launch
       const int left = walk.H - unit0, count = (left < 0 ? 0 : left < U ? left : U) * WORDS;
       for (int at = thread(); at < count; at += THREADS)
-        for (int plane = 0; plane < 2 * N_TILES; plane++) tell(told(plane, unit0) + at, 0, 0);
-      Meeting meeting{team.arrivals + 32 * index, unsigned(team.size)};
-      meeting.arrive();
-      meeting.wait();
+        for (int plane = 0; plane < 2 * N_TILES; plane++) told(plane, unit0)[at] = Told{0, 0};
+      block_sync();
+      if (thread() == 0) { // the others wait for it at the end of `fill`
+        add_release(team.arrivals + 32 * index, 1);
+        wait_reached(team.arrivals + 32 * index, team.size);
+      }
     }
   }
 
