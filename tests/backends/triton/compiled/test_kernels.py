@@ -1,7 +1,7 @@
 """Every cell, in both residencies, compiles for every architecture, in all dtypes in turn; registers and what spills.
 
-All combinations would take an hour. Here each cell meets each residency, and the other properties rotate, differently by
-version of Triton, so that any two of them meet.
+All combinations would take half an hour. Here each cell meets each residency, and the other properties take turns, others by
+each version of Triton.
 """
 
 import pytest
