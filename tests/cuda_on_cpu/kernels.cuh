@@ -127,6 +127,29 @@ struct Ring { // the whole grid through global memory, two buffers by parity; in
   }
 };
 
+struct Talk { // the same, word by word: two buffers, no barrier of the grid
+  static void run(const Args &p) {
+    Told *words = (Told *)p.in; // [2][blocks]
+    unsigned *all = (unsigned *)shared();
+    unsigned value = block();
+    for (int i = 0; i < p.n; i++) {
+      Told *now = words + i % 2 * blocks();
+      if (thread() == 0) tell(now + block(), value, i + 1);
+      if (2 * thread() < blocks()) {
+        const Told *from[1] = {now + 2 * thread()};
+        Half two[1];
+        hear(two, from, i + 1);
+        for (int j = 0; j < 2; j++) all[2 * thread() + j] = two[0].w[j];
+      }
+      block_sync();
+      value = 1;
+      for (int k = 0; k < blocks(); k++) value += all[k];
+      block_sync();
+    }
+    if (thread() == 0) out<unsigned>(p, block()) = value;
+  }
+};
+
 #if GK_CLUSTERS
 struct Gather { // all-gather in a cluster by signals: two buffers, no barrier
   static void run(const Args &p) {
@@ -293,6 +316,14 @@ struct Wrong {
       else
         block_sync();
       break;
+    case 28: { // told, counted without release, and read: not yet there
+      Told *word = (Told *)p.in;
+      if (first && block() == 0) tell(word, 5, 1), p.n ? add_release(p.counter, 1) : void();
+      if (!p.n) cluster_sync();
+      if (first && block() == 1 && p.n) wait_reached(p.counter, 1);
+      if (first && block() == 1) out<unsigned>(p, 0) = word->word;
+      break;
+    }
     case 25:
       *(int *)(unsigned long long)(8 * p.n) = 1;
       break; // nobody's memory

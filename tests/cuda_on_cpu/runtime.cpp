@@ -100,16 +100,27 @@ void meet(Barrier &b, bool orders) {
 
 } // namespace
 
+namespace {
+void hand_over_words() { // to whoever of the block releases memory next
+  AsScheduler here;
+  Words &mine = self->told, &all = self->block->told;
+  all.insert(all.end(), mine.begin(), mine.end());
+  mine.clear();
+}
+} // namespace
+
 void warp_barrier() {
   converge();
   meet(self->warp().ordered, true);
 }
 void block_barrier() {
   converge();
+  hand_over_words();
   meet(self->block->barrier, true);
 }
 void cluster_barrier() {
   converge();
+  hand_over_words();
   meet(self->block->cluster->barrier, true);
 }
 
@@ -153,6 +164,7 @@ void count(unsigned *p, unsigned v, bool releases) {
     auto &adds = machine->counters[p].adds;
     adds.push_back({*p, 0});
     add = &adds.back();
+    land(self->block->told), land(self->told);
   }
   if (add) release(&add->order);
   *p += v;
@@ -168,6 +180,12 @@ void reached(const unsigned *p, unsigned target) {
   for (auto &add : *adds)
     if (int(target - add.before) > 0) acquire(&add.order);
 }
+
+void tell(void *to, unsigned long long word) {
+  AsScheduler here;
+  self->told.push_back({to, word});
+}
+void heard(const unsigned *turn, unsigned target) { wait(Fiber::AtWord, turn, long(target)); }
 
 namespace {
 

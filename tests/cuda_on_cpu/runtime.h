@@ -89,6 +89,11 @@ bool copy_land(int pending, Copy &);
 void count(unsigned *, unsigned, bool release);
 void reached(const unsigned *, unsigned target);
 
+// Words that a thread tells others land as late as they may: when it, or after a block barrier a thread of its block,
+// counts with release, or when nobody can go on without them.
+void tell(void *to, unsigned long long word);
+void heard(const unsigned *turn, unsigned target); // it is that of some word, or a later one
+
 // A signal's bytes are counted when they are sent, and are there when its owner has waited for them.
 void signal_begin(unsigned long long *);
 void signal_open(unsigned long long *, unsigned bytes);

@@ -86,6 +86,8 @@ bool Fiber::runnable() const {
     return static_cast<const Barrier *>(at)->phase != value;
   case AtCounter:
     return int(*static_cast<const unsigned *>(at) - unsigned(value)) >= 0;
+  case AtWord:
+    return *static_cast<const unsigned *>(at) >= unsigned(value);
   case AtSignal:
     return (static_cast<const Mailbox *>(at)->phase & 1) != value;
   case Ended:
@@ -227,6 +229,19 @@ size_t started(const Machine &m) {
   return size_t(upto) * m.how.cluster * m.how.threads;
 }
 
+// Words of one thread or block that are still on their way, of the last that has any: nothing says who is first.
+bool land_some(Machine &m) {
+  auto some = [](auto &all) {
+    for (auto one = all.rbegin(); one != all.rend(); ++one)
+      if (!(*one)->told.empty()) {
+        land((*one)->told);
+        return true;
+      }
+    return false;
+  };
+  return some(m.fibers) || some(m.grid);
+}
+
 void run_all(Machine &m, std::mt19937 &random) {
   std::vector<Fiber *> ready;
   for (size_t alive = m.fibers.size(); alive && m.outcome == Done;) {
@@ -234,7 +249,10 @@ void run_all(Machine &m, std::mt19937 &random) {
     const size_t limit = started(m);
     for (size_t i = 0; i < limit; i++)
       if (m.fibers[i]->runnable()) ready.push_back(m.fibers[i].get());
-    if (ready.empty()) return describe_hang(m);
+    if (ready.empty()) {
+      if (land_some(m)) continue;
+      return describe_hang(m);
+    }
     if (m.how.order == Order::Random) std::shuffle(ready.begin(), ready.end(), random);
     if (m.how.order >= Order::Priorities) {
       unsigned top = 0;
@@ -274,6 +292,7 @@ Outcome launch(const Launch &how, void (*kernel)(const void *), const void *argu
     release(&m.start);
     build(m, memory, random);
     run_all(m, random);
+    while (land_some(m)) {}
     acquire(&m.end);
     for (auto &f : m.fibers)
       if (f->tsan) __tsan_destroy_fiber(f->tsan);

@@ -37,6 +37,12 @@ struct Barrier {
   char order[2];
 };
 
+struct Word { // on its way through L2
+  void *to;
+  unsigned long long value;
+};
+using Words = std::vector<Word>;
+
 struct Block;
 struct Warp {
   Barrier ordered, meeting; // of warp_sync; of calls that exchange values and order no memory
@@ -55,6 +61,7 @@ struct Block {
   int index = 0, alive = 0;
   std::unique_ptr<Warp[]> warps;
   char *shared = nullptr;
+  Words told; // before a barrier
 };
 
 struct Counter {
@@ -84,10 +91,11 @@ struct Fiber {
   Block *block = nullptr;
   int thread = 0;
   Call call;
-  enum { Ready, AtBarrier, AtCounter, AtSignal, Ended } state = Ready;
+  enum { Ready, AtBarrier, AtCounter, AtWord, AtSignal, Ended } state = Ready;
   const void *at = nullptr;
   long value = 0;
   std::deque<std::vector<Copy>> groups{1}; // of copies under way; the last is open
+  Words told;                              // since the last barrier
 
   Warp &warp() const { return block->warps[thread / warp_size]; }
   bool runnable() const;
@@ -143,6 +151,11 @@ struct AsScheduler {
 inline void copy_unseen(void *to, const void *from, unsigned bytes) {
   for (unsigned i = 0; i < bytes; i++)
     static_cast<volatile char *>(to)[i] = static_cast<const volatile char *>(from)[i];
+}
+
+inline void land(Words &words) {
+  for (const Word &w : words) copy_unseen(w.to, &w.value, sizeof w.value);
+  words.clear();
 }
 
 void yield();                     // to the scheduler

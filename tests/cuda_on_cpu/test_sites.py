@@ -24,7 +24,7 @@ def test_small_exchanges(small):
     case = small_case(small)
     assert not findings(case)
     found = missed_without([case])
-    assert len(found) == 5 and all(found.values()), found
+    assert len(found) == (4 if small.struct == "Talk" else 5) and all(found.values()), found
 
 
 def test_a_warp_that_falls_behind():
@@ -94,7 +94,7 @@ def test_banks(walk, recorded):
 def test_kernels_that_are_not_all_resident():
     walk = next(w for w in WALKS if w.exchange == "grid")
     with pytest.raises(
-        Hang, match="block 3, .* not started: only 3 blocks are resident\n.* wait_reached for 4, reached is 3"
+        Hang, match="(?s)block 3, .* not started: only 3 blocks are resident.*wait_reached for 4, reached is 3"
     ):
         walk.record(Twin(resident=3))
 

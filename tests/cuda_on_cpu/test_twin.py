@@ -113,14 +113,19 @@ def sums(groups, blocks, rounds):
     return values.ravel().tolist()
 
 
-EXCHANGES = [Small("Gather", 64, 4), Small("Scatter", 64, 4), Small("Ring", 64, cooperative=True)]
+EXCHANGES = [
+    Small("Gather", 64, 4),
+    Small("Scatter", 64, 4),
+    Small("Ring", 64, cooperative=True),
+    Small("Talk", 64, cooperative=True),
+]
 NAMES = [e.struct for e in EXCHANGES]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("small", EXCHANGES, ids=NAMES)
 def test_exchange(small, schedule):
-    buffers, out = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    buffers, out = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     launch(small, buffers, out, 5, blocks=8, schedule=schedule)
     assert out.tolist() == sums(2 if small.C == 4 else 1, 8, 5)
 
@@ -181,10 +186,18 @@ def test_pushes_land_when_they_are_waited_for():
     assert out.tolist() == [[-1, 0], [-1, 0]]  # a cluster_sync is no wait: NaN
 
 
+@pytest.mark.parametrize("released", [True, False])
+def test_words_land_when_they_are_released(released):
+    words, out = torch.zeros(16, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    launch(Small("Wrong", C=2), words, out, int(released), which=28, blocks=2)
+    assert out.tolist() == [5 if released else 0]
+    assert words[:2].tolist() == [5, 1]  # at the end at the latest
+
+
 @pytest.mark.parametrize("small", EXCHANGES, ids=NAMES)
 def test_more_blocks_than_are_resident(small):
     """Blocks that wait for each other hang when they are not all there; the twin sees it at once. Clusters take turns."""
-    buffers, out = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    buffers, out = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     if small.cooperative:
         with pytest.raises(Hang, match="block 7, 64 threads from 0 to 63: not started: only 7 blocks are resident"):
             launch(small, buffers, out, 5, blocks=8, resident=7)
@@ -209,7 +222,7 @@ def test_machine_refuses():
 
 def test_before_sm_90():
     """There a block is a cluster by itself, and what only clusters have does not compile."""
-    buffers, out = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    buffers, out = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     launch(Small("Ring", 64), buffers, out, 5, blocks=8, capability=(8, 0))
     assert out.tolist() == sums(1, 8, 5)
     with pytest.raises(RuntimeError, match="Gather. has not been declared|no member named 'Gather'"):

@@ -308,7 +308,8 @@ struct alignas(8) Told {
 GK_DEVICE void tell(Told *to, unsigned word, unsigned turn, GK_SITE) {
   if (!twin::in_force("tell", site)) return;
   twin::aligned(to, 8);
-  __atomic_store_n((unsigned long long *)to, (unsigned long long)turn << 32 | word, __ATOMIC_RELAXED);
+  __atomic_fetch_or((unsigned long long *)to, 0, __ATOMIC_RELAXED); // for the race detector; it lands later
+  twin::tell(to, (unsigned long long)turn << 32 | word);
 }
 template <int n> GK_DEVICE void hear(Half (&words)[n], const Told *const (&from)[n], unsigned turn, GK_SITE) {
   const bool waits = twin::in_force("hear", site);
@@ -316,7 +317,7 @@ template <int n> GK_DEVICE void hear(Half (&words)[n], const Told *const (&from)
     if (!from[i]) continue;
     twin::aligned(from[i], 16);
     for (int j = 0; j < 2; j++) {
-      if (waits && __atomic_load_n(&from[i][j].turn, __ATOMIC_RELAXED) < turn) twin::reached(&from[i][j].turn, turn);
+      if (waits) twin::heard(&from[i][j].turn, turn);
       words[i].w[j] = unsigned(__atomic_load_n((const unsigned long long *)(from[i] + j), __ATOMIC_RELAXED));
     }
   }
