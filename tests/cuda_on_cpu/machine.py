@@ -91,12 +91,14 @@ class Twin:
         self.multiprocessors = multiprocessors
         self.resident = resident
         self.schedule = Schedule()
+        self._kernels: dict[object, Kernel] = {}
         self.launches: list[tuple[object, int]] = []  # (variant, blocks) of all so far
         self.watch: Callable[[Kernel, int, ctypes.Structure], None] | None = None  # called before every launch
 
-    @functools.cache  # noqa: B019 - a twin lives as long as its test
     def kernel(self, variant) -> Kernel:
-        return Kernel(self, variant)
+        if variant not in self._kernels:
+            self._kernels[variant] = Kernel(self, variant)
+        return self._kernels[variant]
 
     def compile(self, variants: Iterable) -> None:
         """All of them, as many at once as there are cores, for those who know what they will need."""

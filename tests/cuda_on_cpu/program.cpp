@@ -1,6 +1,6 @@
 // Runs one recorded launch, for sanitizers that want a process of their own: program KERNEL.so CASE OUT ORDER SEED
 // [SITE]. Every buffer has exactly its size. OUT gets them all as they are afterwards. Printed: the sites met, one a
-// line, and after an empty line what went wrong. Exit status: that of gk_launch, 3 where it could not be tried.
+// line, and after a line of -- what went wrong. Exit status: that of gk_launch, 3 where it could not be tried.
 #include "runtime.h"
 #include <cstdio>
 #include <cstdlib>
@@ -62,7 +62,7 @@ int main(int argc, char **argv) {
   }
 
   const int outcome = launch(how, arguments.data());
-  printf("%s\n%s\n", sites(), report());
+  printf("%s--\n%s\n", sites(), report());
   std::ofstream out(argv[3], std::ios::binary);
   for (size_t i = 0; i < buffers.size(); i++) {
     out.write(buffers[i], bytes[i]);

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.csrc.test_sanitizers import fixed_addresses
-
-from .machine import HERE, ORDERS, SANITIZERS, SCHEDULES, Kernel, Schedule, compiled, objects
+from tests.cuda_on_cpu.machine import HERE, ORDERS, SANITIZERS, SCHEDULES, Kernel, Schedule, compiled, objects
 
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0",
@@ -67,12 +66,12 @@ class Case:
                 timeout=300,
                 env={**os.environ, **OPTIONS},
             )
-            sites, _, report = done.stdout.partition("\n\n")
+            sites, _, report = done.stdout.partition("--\n")
             memory = target.read_bytes() if target.exists() else b""
         if done.returncode not in OUTCOMES or done.stderr and sanitizer == "thread":
             outcome = "race" if "ThreadSanitizer: data race" in done.stderr else "memory" if done.stderr else "crash"
             return Run(outcome, f"status {done.returncode}\n{done.stderr}", (), b"")
-        return Run(OUTCOMES[done.returncode], report.strip(), tuple(sites.split("\n")), memory)
+        return Run(OUTCOMES[done.returncode], report.strip(), tuple(sites.splitlines()), memory)
 
 
 def capture(kernel: Kernel, blocks: int, arguments: ctypes.Structure, name: str = "") -> Case:
