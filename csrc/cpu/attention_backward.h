@@ -108,8 +108,9 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
       for (int64_t i = 0; i < nv * L; i += L) {
         const V x = V::load(p + i), kept = dropout.on ? V::load(w.factors + j * block + i) : V(1);
         V d = x * (V::load(s + i) * kept - V::load(h.delta + i0 + i));
-        d = where(x == V(0), V(0), d); // what nobody saw says nothing, whatever it holds
-        store(w.weights + j * block + i, x * kept);
+        const auto unseen = x == V(0); // says nothing, whatever is there
+        d = where(unseen, V(0), d);
+        store(w.weights + j * block + i, where(unseen, V(0), x * kept));
         store(w.dscores + j * block + i, d);
         d.store(s + i);
       }

@@ -71,7 +71,7 @@ GK_DEVICE void store(fp32 &v, float f) { v.value = f; }
 GK_DEVICE unsigned nearest_tf32(unsigned bits) {
   unsigned r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(as_float(bits)));
-  return r;
+  return r & ~0x1fffu; // PTX leaves these bits open, and the rest of a split is taken of what is returned
 }
 GK_DEVICE unsigned as_operand(unsigned bits, bf16) { return bits; }
 GK_DEVICE unsigned as_operand(unsigned bits, fp16) { return bits; }

@@ -1,7 +1,7 @@
-"""The C++ recurrent driver under the address, undefined-behaviour and thread sanitizers, without Python around it.
+"""The C++ drivers under the address, undefined-behaviour and thread sanitizers, without Python around it.
 
-`recurrent_walk.cpp` draws shapes at random and compares with plain loops in double; every buffer has exactly its size.
-A failure names its case: `build/sanitizers/<program> SEED CASE CASE+1 <cells>` runs that one alone.
+`recurrent_walk.cpp` and `layers_walk.cpp` draw shapes at random and compare with plain loops in double; every buffer has
+exactly its size. A failure names its case: `build/sanitizers/<program> SEED CASE CASE+1 <cells>` runs that one alone.
 """
 
 import functools
@@ -173,8 +173,8 @@ def programs(name, sanitizer, isas=("base",), storage=(None,)):
     return pytest.mark.parametrize("program", every, ids=["-".join(filter(None, p[1:])) for p in every], indirect=True)
 
 
-def walk(program, seed, cases=CASES, **environment):
-    printed = passes(program, seed, 0, cases, *CELLS, **environment)
+def walk(program, seed, cases=CASES, cells=CELLS, **environment):
+    printed = passes(program, seed, 0, cases, *cells, **environment)
     assert re.search(rf"^{cases} cases, \d{{3,}} tensors, 0 failures;", printed, re.MULTILINE), printed
 
 
@@ -215,6 +215,16 @@ def test_memory_where_openmp_gives_fewer_threads(program):
 @programs("recurrent_walk", "thread", ISAS[-1:], ("float", "bfloat16"))
 def test_threads(program):
     walk(program, seed=3)
+
+
+@programs("layers_walk", "address", ISAS, STORAGE)
+def test_memory_of_layers(program):
+    walk(program, seed=1, cells=())
+
+
+@programs("layers_walk", "thread", ISAS[-1:], ("float", "bfloat16"))
+def test_threads_of_layers(program):
+    walk(program, seed=3, cells=())
 
 
 @programs("team_walk", "thread")
