@@ -42,19 +42,29 @@ def param(where: torch.device, value: object, name: str):
 
 
 @contextlib.contextmanager
+def tf32(allowed: bool):
+    """cuDNN's setting, and so ours. torch.testing, once imported, forbids setting torch.backends.cudnn.allow_tf32."""
+    before = torch._C._get_cudnn_allow_tf32()
+    torch._C._set_cudnn_allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_allow_tf32(before)
+
+
+@contextlib.contextmanager
 def at(where: torch.device):
     """The makers of tensors make them there; on a GPU float32 is float32, for cuDNN's layers and so for ours."""
     global device
     if where is CPU:
         yield
         return
-    device, before = where, torch._C._get_cudnn_allow_tf32()
-    torch._C._set_cudnn_allow_tf32(False)  # torch.testing, once imported, forbids torch.backends.cudnn.allow_tf32
+    device = where
     try:
-        yield
+        with tf32(False):
+            yield
     finally:
         device = CPU
-        torch._C._set_cudnn_allow_tf32(before)
 
 
 def _here(make):

@@ -65,12 +65,14 @@ def begin(o: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def products(case: Case) -> Iterator[None]:
     """float32 multiplied as the case has it, by torch and by us."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    before = torch._C._get_cudnn_allow_tf32(), torch.backends.cuda.matmul.allow_tf32
+    torch._C._set_cudnn_allow_tf32(case.tf32)  # the public property refuses where torch.testing was imported
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        torch._C._set_cudnn_allow_tf32(before[0])
+        torch.backends.cuda.matmul.allow_tf32 = before[1]
 
 
 def along(row: dict[str, Any], case: Case, key: str, seen: dict[Case, dict[str, object]]) -> Provider:

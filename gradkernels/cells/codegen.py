@@ -10,6 +10,7 @@ import argparse
 import ast
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,6 +34,11 @@ _RESULTS = {
     "operand": {"v": "V &{}"},
     "second_adjoint": {"v": "V &{}", "dr": "V (&{})[Q]"},
 }
+
+
+# Kernels are compiled by several threads at once, and before 3.12 Python counts the depth of a tree once for all of them:
+# two that parse at the same time end in a SystemError.
+_PARSING = threading.Lock()
 
 
 def struct(cell: Cell, qualifiers: str = "static inline") -> str:
@@ -70,7 +76,8 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
         raise NotImplementedError(
             f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet"
         )
-    module = ast.parse(cell.source)
+    with _PARSING:
+        module = ast.parse(cell.source)
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
     used = {n.id for n in ast.walk(module) if isinstance(n, ast.Name)}
     if "mean" in used:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradkernels.backends.reference.residual_norm import definition
+from gradkernels.backends.reference.residual_norm import definition, summed
 from gradkernels.ops._fused import Fused, draw_seed
 
 KINDS = ("layer", "rms")
@@ -17,7 +17,7 @@ def _fake(x, residual, weight, bias, seed, p, eps, rms):
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix dynamic sizes
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = [x.new_empty(rows, dtype=computed) for _ in range(2)]
-    return x.new_empty(x.shape), x.new_empty(x.shape), *statistics
+    return x.new_empty(x.shape), x.new_empty(x.shape if summed(residual, seed) else 0), *statistics
 
 
 def _fold(N, dims, tensors, options):
@@ -31,6 +31,7 @@ def _fold(N, dims, tensors, options):
 
     def unfold(outputs):
         y, s, mean, rstd = outputs
+        s = s if residual is not None else s.expand(N, 0)
         return (y, s, mean.unflatten(0, (N, -1)), rstd.unflatten(0, (N, -1))), (0, 0, 0, 0)
 
     return (x, residual, *tensors[2:]), unfold
@@ -103,7 +104,7 @@ def residual_norm(
     rms = kind == "rms"
     seed = draw_seed(x) if dropout_p > 0 else None
     y, s = fused((x, residual, weight, bias, seed), {"p": dropout_p, "eps": eps, "rms": rms}, backend)
-    return (y, s) if prenorm else y
+    return (y, s if summed(residual, seed) else x) if prenorm else y
 
 
 def _autocast(x, residual):

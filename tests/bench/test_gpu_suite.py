@@ -10,6 +10,7 @@ import torch
 from bench import agreement, cases, measure, providers, run
 from bench.cases import Case, Target
 from bench.gpu import device, micro, picks, small, suite
+from tests import place
 from tests.bench.made_up import GPU, MICRO
 from tests.cuda_on_cpu.machine import twin  # noqa: F401 - a fixture
 
@@ -37,9 +38,8 @@ def here(monkeypatch, twin):  # noqa: F811
         monkeypatch.setattr(module, "build", on_cpu)
     monkeypatch.setattr(providers.Provider, "algorithm", lambda self: "made up")
     threads = torch.get_num_threads()
-    before = torch.backends.cudnn.allow_tf32
-    yield twin
-    torch.backends.cudnn.allow_tf32 = before
+    with place.tf32(torch.backends.cudnn.allow_tf32):
+        yield twin
     torch.set_num_threads(threads)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import cpu, reference
+from gradkernels.backends.reference.residual_norm import summed
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
@@ -45,13 +46,14 @@ def forward(
     M, N = _rows(x)
     x = x.contiguous()
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y, s = cpu.empty(x, *x.shape), cpu.empty(x, *x.shape)
+    y = cpu.empty(x, *x.shape)
+    s = cpu.empty(x, *x.shape) if summed(residual, seed) else None
     mean, rstd = x.new_empty(M, dtype=computed), x.new_empty(M, dtype=computed)
     if M:
         tensors = _computed(weight), _computed(bias), x, residual if residual is None else residual.contiguous()
         at = cpu.addresses([*tensors, y, s, mean, rstd])
         cpu.build().residual_norm_forward(cpu.STORAGE[x.dtype], M, N, at, *_options(x, seed, p, eps, rms))
-    return y, s, mean, rstd
+    return y, x.new_empty(0) if s is None else s, mean, rstd
 
 
 def backward(
@@ -64,7 +66,9 @@ def backward(
     rms: bool,
 ) -> list[Tensor | None]:
     """The gradients of (x, residual, weight, bias, seed) that are needed."""
-    (dy, dsum), (x, _, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
+    (dy, dsum), (x, residual, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
+    if not summed(residual, seed):
+        s, dsum = x, None
     M, N = _rows(x)
     dx, dresidual = (cpu.empty(x, *x.shape) if wanted else None for wanted in need[:2])
     sums = [rstd.new_empty(N) if wanted else None for wanted in need[2:4]]

@@ -48,21 +48,26 @@ def definition(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(norm of the sum, the sum)"""
+    """(norm of the sum, the sum); where nothing is added or dropped the sum is x, and not returned again but empty."""
     with no_autocast(x.device):
         s = _sum(x, residual, seed, p)
         mean, rstd = _statistics(s, eps, rms)
         y = (precise(s) - mean) * rstd
         y = y if weight is None else y * precise(weight)
         y = y if bias is None else y + precise(bias)
-    return y.to(x.dtype), s
+    return y.to(x.dtype), s if summed(residual, seed) else x.new_empty(0)
+
+
+def summed(residual: Tensor | None, seed: Tensor | None) -> bool:
+    """Whether the sum is another than x."""
+    return residual is not None or seed is not None
 
 
 def forward(x, residual, weight, bias, seed, p, eps, rms):
     """(y, s, mean [M], rstd [M])"""
     y, s = definition(x, residual, weight, bias, seed, p, eps, rms)
-    mean, rstd = _statistics(s, eps, rms)
-    return y, s.clone() if s is x else s, mean.flatten(), rstd.flatten()
+    mean, rstd = _statistics(s if summed(residual, seed) else x, eps, rms)
+    return y, s, mean.flatten(), rstd.flatten()
 
 
 def backward(
@@ -75,7 +80,9 @@ def backward(
     rms: bool,
 ) -> list[Tensor | None]:
     """The gradients of (x, residual, weight, bias, seed) that are needed."""
-    (dy, dsum), (x, _, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
+    (dy, dsum), (x, residual, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
+    if not summed(residual, seed):
+        s, dsum = x, None
     shape = (*x.shape[:-1], 1)
     unit = (precise(s) - mean.reshape(shape)) * rstd.reshape(shape)
     got: list[Tensor | None] = [None] * 5

@@ -15,6 +15,7 @@ from gradkernels.backends.cuda import arguments, plan, step
 from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import CELLS, cell
+from tests import place
 from tests.close import assert_close_to_truth
 from tests.cuda_on_cpu.machine import COMPILER, FLAGS, HERE, KERNELS, Schedule, Twin, twin  # noqa: F401 - a fixture
 from tests.ops.case import Case, cotangents
@@ -26,8 +27,8 @@ from tests.ops.case import Case, cotangents
 def on_twin(twin, monkeypatch):  # noqa: F811
     """`backend="cuda"` takes CPU tensors, for one test; float32 is multiplied as float32."""
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    return twin
+    with place.tf32(False):
+        yield twin
 
 
 def run(case, values, backend, cotangent=None, probed=True):
@@ -160,11 +161,11 @@ def test_tf32(name, cell, on_twin, monkeypatch):
     """As good as float16, which has as long a mantissa, and worse than float32."""
     force(monkeypatch, form(name))
     case = Case(cell, T=4, B=9, I=3, H=29)
-    torch.backends.cudnn.allow_tf32 = True
-    check(case, as_good_as=torch.float16)
-    assert {variant.number for variant, _ in on_twin.launches} == {"tf32"}
-    with pytest.raises(AssertionError, match="off by"):
-        check(case)
+    with place.tf32(True):
+        check(case, as_good_as=torch.float16)
+        assert {variant.number for variant, _ in on_twin.launches} == {"tf32"}
+        with pytest.raises(AssertionError, match="off by"):
+            check(case)
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""Normalisation, and the block that adds what a sublayer makes of its input to the input itself."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gradkernels.ops import residual_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm``, by the kernels of :func:`gradkernels.ops.residual_norm`.
+
+    Arguments, parameters and ``state_dict`` are torch's. Its gradients of weight and bias are summed in one order, whatever
+    the number of threads.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> norm = gk.nn.LayerNorm(8)
+        >>> norm(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        k = len(self.normalized_shape)
+        if tuple(input.shape[input.dim() - k :]) != tuple(self.normalized_shape) or input.dim() < k:
+            raise RuntimeError(
+                f"Given normalized_shape={list(self.normalized_shape)}, expected input with shape "
+                f"[*, {', '.join(map(str, self.normalized_shape))}], but got input of size{list(input.shape)}"
+            )
+        x = input.reshape(*input.shape[: input.dim() - k], math.prod(self.normalized_shape))
+        weight, bias = (None if v is None else v.flatten() for v in (self.weight, self.bias))
+        y: Tensor = residual_norm(x, None, weight, bias, eps=self.eps, prenorm=False)
+        return y.view(input.shape)
+
+
+class ResidualBlock(nn.Module):
+    r"""A sublayer on a residual path, with dropout and normalisation: gradients reach the input past the sublayer too.
+
+    .. math::
+        \text{pre:}\quad  x + \text{dropout}(f(\text{norm}(x))) \qquad\qquad
+        \text{post:}\quad \text{norm}(x + \text{dropout}(f(x)))
+
+    Args:
+        sublayer: any module from ``[.., d_model]`` to ``[.., d_model]``. Of a tuple, such as a recurrent layer returns, the
+            first is taken.
+        d_model: width of the last dimension.
+        dropout: probability of dropout on what the sublayer returns, while training.
+        norm: "pre" (He et al., 2016, as in GPT-2) or "post" (Vaswani et al., 2017).
+        norm_kind: "layer" or "rms".
+        eps: of the norm.
+
+    Shapes: ``[.., d_model]`` in and out; further arguments of a call are the sublayer's.
+
+    Raises:
+        ValueError: an unknown norm or norm_kind, or dropout outside [0, 1].
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> block = gk.nn.ResidualBlock(gk.nn.GRU(8, 8), d_model=8, dropout=0.1)
+        >>> block(torch.randn(5, 2, 8)).shape
+        torch.Size([5, 2, 8])
+    """
+
+    def __init__(
+        self,
+        sublayer: nn.Module,
+        d_model: int,
+        dropout: float = 0.1,
+        norm: str = "pre",
+        norm_kind: str = "layer",
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if norm not in ("pre", "post"):
+            raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
+        if norm_kind not in ("layer", "rms"):
+            raise ValueError(f"norm_kind must be 'layer' or 'rms', got {norm_kind!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        self.sublayer = sublayer
+        self.d_model, self.dropout, self.norm, self.norm_kind, self.eps = d_model, dropout, norm, norm_kind, eps
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype)) if norm_kind == "layer" else None
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, dropout={self.dropout}, norm={self.norm!r}, norm_kind={self.norm_kind!r}"
+
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        normed = partial(
+            residual_norm, weight=self.weight, bias=self.bias, eps=self.eps, kind=self.norm_kind, prenorm=False
+        )
+        out = self.sublayer(normed(input, None) if self.norm == "pre" else input, *args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        if self.norm == "post":
+            return normed(out, input, dropout_p=p)
+        return input + nn.functional.dropout(out, p)
