@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import Function
 
 from gradkernels import backends
+from gradkernels.ops._fused_functions import apply, cut, differentiable, functions, nothing
 from gradkernels.ops._recurrent_op import direct
 
 lib = torch.library.Library("gradkernels", "FRAGMENT")
@@ -42,16 +41,6 @@ def alone(f):
     return call
 
 
-def cut(values, n):
-    """The first n and the others, of tensors that may be unpacked only once."""
-    return values[:n], values[n:]
-
-
-def nothing(like: Tensor) -> Tensor:
-    """What an operator returns for a result that nobody wants."""
-    return like.new_empty(0)
-
-
 class Fused:
     """`call(tensors, options, backend)` -> results.
 
@@ -64,7 +53,7 @@ class Fused:
     fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
     shared: `shared(options) -> {k: j}`: the gradient of tensor k is that of tensor j.
     like: the layout in which backward gives the gradient of a tensor.
-    fold: `fold(N, dims, tensors, options) -> (tensors, options, unfold)` makes one call of a vmapped one, or None.
+    fold: `fold(N, dims, tensors, options) -> (tensors, unfold)` makes one call of a vmapped one; None where it cannot.
     """
 
     def __init__(
@@ -103,7 +92,7 @@ class Fused:
         self.forward_op = getattr(torch.ops.gradkernels, f"{name}_forward").default
         self.backward_op = getattr(torch.ops.gradkernels, f"{name}_backward").default
         self._exported()
-        self.forward_function, self.backward_function = _functions(self)
+        self.forward_function, self.backward_function = functions(self)
 
     # ---------------------------------------------------------------- one call
 
@@ -248,121 +237,3 @@ class Fused:
         got = pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(out, asked)))
         of_tensors, of_grads = dict(zip(places, got)), dict(zip(there, got[len(places) :]))
         return [*(of_grads.get(k) for k in range(len(grads))), *(of_tensors.get(k) for k in range(len(tensors)))]
-
-
-def differentiable(tensors: Sequence[Tensor | None]) -> bool:
-    """Autograd records what is done with these, or forward mode is on."""
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
-        return True
-    return forward_ad._current_level >= 0
-
-
-def apply(function):
-    """Function.apply binds its arguments to a signature at every call, 28 microseconds; the method below it does not, and is all
-    that is needed where no transform is active."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply
-    return super(Function, function).apply
-
-
-def push(run, values, tangents):
-    """Forward mode by reverse mode twice: a dual level does not nest."""
-    out, pull = torch.func.vjp(run, *values)
-    _, forward = torch.func.vjp(lambda *u: pull(u), *[torch.zeros_like(v) for v in out])
-    return forward(tuple(torch.zeros_like(v) if t is None else t for v, t in zip(values, tangents)))
-
-
-def primal(v):
-    return v if v is None else forward_ad.unpack_dual(v).primal
-
-
-def each(N, dims, tensors, call):
-    """vmap as one call per element."""
-    outs = [call(*[v.select(d, k) if d is not None else v for v, d in zip(tensors, dims)]) for k in range(N)]
-    return tuple(torch.stack(v) for v in zip(*outs)), (0,) * len(outs[0])
-
-
-def _functions(op: Fused):
-    """The autograd Functions of an operation, forward and backward."""
-    n, r = len(op.tensors), op.results
-
-    class Forward(Function):
-        @staticmethod
-        def forward(how, *tensors):
-            return tuple(op.run(tensors, *how))
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.how = inputs[0]
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[r:])
-            ctx.save_for_backward(*inputs[1:], *output)
-            ctx.save_for_forward(*inputs[1:])
-
-        @staticmethod
-        def backward(ctx, *grads):
-            how, backend = ctx.how
-            tensors, outputs = cut(ctx.saved_tensors, n)
-            grads = grads[:r]
-            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-                run = lambda need: apply(Backward)((tuple(need), how, backend), *grads, *tensors, *outputs)
-            else:
-                run = lambda need: op.run_backward(grads, tensors, outputs, need, how, backend)
-            return None, *op.gradients(run, grads, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
-
-        @staticmethod
-        def jvp(ctx, _, *tangents):
-            with forward_ad._set_fwd_grad_enabled(True):  # torch switches it off here: jvp of jvp would be zero
-                tensors = [primal(v) for v in ctx.saved_tensors[:n]]
-                run, places = op.defined(tensors, dict(zip(op.options, ctx.how[0])))
-                out = push(run, [tensors[k] for k in places], [tangents[k] for k in places])
-            return (*out, *[None] * (op.outputs - r))
-
-        @staticmethod
-        def vmap(info, dims, how, *tensors):
-            call = lambda *values: apply(Forward)(how, *values)
-            folded = op.fold and op.fold(info.batch_size, dims[1:], tensors, dict(zip(op.options, how[0])))
-            if not folded:
-                return each(info.batch_size, dims[1:], tensors, call)
-            values, unfold = folded
-            return unfold(call(*values))
-
-    class Backward(Function):
-        @staticmethod
-        def forward(how, *tensors):
-            need, options, backend = how
-            return tuple(
-                op.run_backward(tensors[:r], tensors[r : r + n], tensors[r + n :], list(need), options, backend)
-            )
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.how = inputs[0]
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[1 : 1 + r + n])
-            ctx.save_for_forward(*inputs[1 : 1 + r + n])
-
-        @staticmethod
-        def backward(ctx, *cotangents):
-            need, how, _ = ctx.how
-            grads, tensors = cut(ctx.saved_tensors, r)
-            got = op.pull_backward(grads, tensors, need, dict(zip(op.options, how)), cotangents)
-            return (None, *got, *[None] * op.outputs)
-
-        @staticmethod
-        def jvp(ctx, _, *tangents):
-            need, how, _ = ctx.how
-            with forward_ad._set_fwd_grad_enabled(True):
-                saved = [primal(v) for v in ctx.saved_tensors]
-                back, values, there, places = op.defined_backward(
-                    saved[:r], saved[r:], need, dict(zip(op.options, how))
-                )
-                moving = [tangents[r + k] for k in places] + [tangents[k] for k in there]
-                out = iter(push(back, values, moving))
-            return tuple(next(out) if wanted else nothing(saved[r]) for wanted in need)
-
-        @staticmethod
-        def vmap(info, dims, how, *tensors):
-            return each(info.batch_size, dims[1:], tensors, lambda *values: apply(Backward)(how, *values))
-
-    return Forward, Backward
