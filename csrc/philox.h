@@ -84,10 +84,11 @@ template <class F> struct Dropout {
   // Fills [0, n) of `factors` with 0 and scale, for columns [first, first + n) of a row; room for one draw more is
   // needed.
   void factors(uint64_t row, int64_t first, int64_t n, F *factors) const {
+    const Dropout d = *this; // what `factors` points at might be this
     alignas(64) uint32_t words[Philox::columns];
     for (int64_t c = 0; c < n; c += Philox::columns) {
-      philox.draw(row, first + c, words);
-      for (int i = 0; i < Philox::columns; i++) factors[c + i] = words[i] < below ? F(0) : scale;
+      d.philox.draw(row, first + c, words);
+      for (int i = 0; i < Philox::columns; i++) factors[c + i] = words[i] < d.below ? F(0) : d.scale;
     }
   }
 };

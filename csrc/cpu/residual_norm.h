@@ -11,6 +11,8 @@
 #include <atomic>
 #include <cmath>
 
+#define GK_INLINE __attribute__((always_inline))
+
 namespace gk {
 
 struct NormArgs {
@@ -43,9 +45,17 @@ template <class T> class ResidualNorm {
   using V = Vec<F>;
   static constexpr int L = lanes<T>;
 
-  // f(v, n) for the vectors of a row, n values in each. Four sums side by side hide the latency of an addition.
+  // f(c, n, k) for the vectors of a row: the first value, how many values are left, and which of four sums side by
+  // side, which hide the latency of an addition, it counts to. k is a constant where f is inlined, so that sums stay in
+  // registers.
   template <class Each> static void over(int64_t N, Each f) {
-    for (int64_t c = 0; c < N; c += L) f(c, N - c);
+    int64_t c = 0;
+    for (; c + 4 * L <= N; c += 4 * L)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) f(c + k * L, int64_t(L), k);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++)
+      if (c + k * L < N) f(c + k * L, N - c - k * L, k);
   }
   static F total(const V (&part)[4]) {
     const V v = (part[0] + part[1]) + (part[2] + part[3]);
@@ -84,7 +94,7 @@ public:
         if (r) r += m * N;
         if (dropout.on) dropout.factors(m, 0, N, keep);
         V part[4] = {V(0), V(0), V(0), V(0)};
-        over(N, [&](int64_t c, int64_t n) {
+        over(N, [&](int64_t c, int64_t n, int k) GK_INLINE {
           V v = load(x + c, n);
           if (dropout.on) v = v * V::load(keep + c);
           if (r) v = v + load(r + c, n);
@@ -92,20 +102,20 @@ public:
           if (sum) store(sum + c, v, n);
           v = within(v, n);
           v.store(s + c);
-          part[c / L % 4] += q.rms ? v * v : v;
+          part[k] += q.rms ? v * v : v;
         });
         const F mean = q.rms ? F(0) : total(part) / F(N);
         F square = total(part) / F(N);
         if (!q.rms) {
           for (V &v : part) v = V(0);
-          over(N, [&](int64_t c, int64_t n) {
+          over(N, [&](int64_t c, int64_t n, int k) GK_INLINE {
             const V d = within(V::load(s + c) - V(mean), n);
-            part[c / L % 4] += d * d;
+            part[k] += d * d;
           });
           square = total(part) / F(N);
         }
         const F rstd = F(1) / std::sqrt(square + F(q.eps));
-        over(N, [&](int64_t c, int64_t n) {
+        over(N, [&](int64_t c, int64_t n, int) GK_INLINE {
           V v = (V::load(s + c) - V(mean)) * V(rstd);
           if (q.weight) v = v * load(static_cast<const F *>(q.weight) + c, n);
           if (q.bias) v = v + load(static_cast<const F *>(q.bias) + c, n);
@@ -141,18 +151,18 @@ public:
         T *dresidual = q.dresidual ? static_cast<T *>(q.dresidual) + m * N : nullptr;
         const V rstd(static_cast<const F *>(q.rstd)[m]), mean(q.rms ? F(0) : static_cast<const F *>(q.mean)[m]);
         V by_g[4] = {V(0), V(0), V(0), V(0)}, by_unit[4] = {V(0), V(0), V(0), V(0)};
-        over(N, [&](int64_t c, int64_t n) {
+        over(N, [&](int64_t c, int64_t n, int k) GK_INLINE {
           const V d = load(dy + c, n), u = within((load(s + c, n) - mean) * rstd, n);
           if (dweight) (V::load(dweight + c) + d * u).store(dweight + c);
           if (dbias) (V::load(dbias + c) + d).store(dbias + c);
           const V w = q.weight ? d * load(static_cast<const F *>(q.weight) + c, n) : d;
-          by_g[c / L % 4] += w;
-          by_unit[c / L % 4] += w * u;
+          by_g[k] += w;
+          by_unit[k] += w * u;
           u.store(unit + c), w.store(g + c);
         });
         const V level(q.rms ? F(0) : total(by_g) / F(N)), tilt(total(by_unit) / F(N));
         if (dropout.on && dx) dropout.factors(m, 0, N, keep);
-        over(N, [&](int64_t c, int64_t n) {
+        over(N, [&](int64_t c, int64_t n, int) GK_INLINE {
           V d = (V::load(g + c) - level - V::load(unit + c) * tilt) * rstd;
           if (dsum) d = d + load(dsum + c, n);
           if (dresidual) store(dresidual + c, d, n);
@@ -162,7 +172,7 @@ public:
     });
     const auto add_up = [&](const F *parts, void *out) {
       if (!out) return;
-      over(N, [&](int64_t c, int64_t n) {
+      over(N, [&](int64_t c, int64_t n, int) GK_INLINE {
         V v(0);
         for (int64_t k = 0; k < count; k++) v += V::load(parts + k * room(N) + c);
         store(static_cast<F *>(out) + c, v, n);
@@ -173,3 +183,5 @@ public:
 };
 
 } // namespace gk
+
+#undef GK_INLINE
