@@ -10,7 +10,6 @@
 #include "../philox.h"
 #include "pack.h"
 #include "team.h"
-#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -171,11 +170,6 @@ protected:
   // The part of a matrix summed over rows that has rows [first, first + n).
   static Matrix<P> part(const Matrix<P> &m, int64_t first, int64_t n) {
     return {m.panels + first * L, m.panel, sum_steps<P>(n), nullptr};
-  }
-
-  // Work is handed out piece by piece; what a piece computes does not depend on who does it.
-  template <class Each> void share(std::atomic<int64_t> &next, int64_t count, Each each) const {
-    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(k);
   }
 
 private:

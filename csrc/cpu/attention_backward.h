@@ -228,7 +228,7 @@ public:
       const Scratch &w = scratch[id];
       for (int64_t k = 0; k < waves; k++) {
         const int64_t first = k * wave, n = std::min(wave, kv_heads - first);
-        this->share(packed[k], n * (group + 1), [&](int64_t i) {
+        share(packed[k], n * (group + 1), [&](int64_t i) {
           const int64_t head = i / (group + 1), h = i % (group + 1), s = (first + head) / a.Hk,
                         kv = (first + head) % a.Hk;
           const Place at = this->place(s, kv * group + std::min(h, group - 1));
@@ -239,7 +239,7 @@ public:
         });
         all.wait(id);
         if (by_heads)
-          this->share(first_done[k], n, [&](int64_t head) {
+          share(first_done[k], n, [&](int64_t head) {
             const int64_t s = (first + head) / a.Hk, kv = (first + head) % a.Hk;
             const Place any = this->place(s, kv * group);
             std::fill(w.dq, w.dq + dq_rows * D_wide(), F(0));
@@ -249,12 +249,12 @@ public:
               write(q.dq, any, kv * group + h, any.q0, any.Tq, w.dq + h * Tq * D_wide(), a.D, F(a.scale));
           });
         else {
-          this->share(first_done[k], n * k_blocks, [&](int64_t i) {
+          share(first_done[k], n * k_blocks, [&](int64_t i) {
             const int64_t head = i / k_blocks, j0 = i % k_blocks * block, s = (first + head) / a.Hk;
             if (j0 < this->place(s, 0).Tk)
               keys_block(s, (first + head) % a.Hk, j0, &queries[head * group], keys[head], w, nullptr);
           });
-          this->share(then_done[k], n * group * q_blocks, [&](int64_t i) {
+          share(then_done[k], n * group * q_blocks, [&](int64_t i) {
             const int64_t h = i / q_blocks, i0 = (q_blocks - 1 - i % q_blocks) * block, head = first + h / group;
             const Place at = this->place(head / a.Hk, head % a.Hk * group + h % group);
             if (i0 < at.Tq) queries_block(at, i0, queries[h], keys[h / group], w);

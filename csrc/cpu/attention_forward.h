@@ -140,14 +140,14 @@ public:
     run_team(a.threads, [&](int id) {
       for (int64_t k = 0; k < waves; k++) {
         const int64_t first = k * wave, n = std::min(wave, kv_heads - first);
-        this->share(packed[k], n, [&](int64_t i) {
+        share(packed[k], n, [&](int64_t i) {
           const Place at = this->place((first + i) / a.Hk, 0);
           const int64_t h = (first + i) % a.Hk;
           this->pack_along(a.k, at, h, at.k0, at.Tk, a.D, heads[i].keys, 0, vectors<T>(at.Tk));
           this->pack_over(a.v, at, h, at.k0, at.Tk, a.E, heads[i].values);
         });
         all.wait(id);
-        this->share(done[k], n * per_head, [&](int64_t i) { // the last queries, which see most, come first
+        share(done[k], n * per_head, [&](int64_t i) { // the last queries, which see most, come first
           const int64_t head = first + i / per_head, rest = per_head - 1 - i % per_head, h = rest % this->group();
           const Place at = this->place(head / a.Hk, head % a.Hk * this->group() + h);
           const int64_t begin = rest / this->group() * block;

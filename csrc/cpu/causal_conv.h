@@ -9,7 +9,6 @@
 #pragma once
 #include "gradients.h"
 #include "team.h"
-#include <atomic>
 
 namespace gk {
 
@@ -68,10 +67,6 @@ template <class T, class P> class CausalConv {
     if constexpr (std::is_same_v<T, P>)
       if (!c.to) return {c.from, zero, c.n, a.T};
     return {c.to, zero, c.stride, a.T};
-  }
-
-  template <class Each> static void share(std::atomic<int64_t> &next, int64_t count, Each each) {
-    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(k);
   }
 
   // The taps, each in panels: of `units` outputs with sums of length n, at(k, unit, i) being the weight.

@@ -8,7 +8,6 @@
 #include "../philox.h"
 #include "pack.h"
 #include "team.h"
-#include <atomic>
 #include <cmath>
 
 #define GK_INLINE __attribute__((always_inline))
@@ -73,10 +72,8 @@ template <class T> class ResidualNorm {
   // Rows are handed out in runs, whose number does not depend on the threads.
   template <class Run> static void runs(int64_t M, int64_t count, int threads, Run run) {
     std::atomic<int64_t> next{0};
-    run_team(int(std::min<int64_t>(threads, count)), [&](int id) {
-      for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-        run(id, k, M * k / count, M * (k + 1) / count);
-    });
+    run_team(int(std::min<int64_t>(threads, count)),
+             [&](int id) { share(next, count, [&](int64_t k) { run(id, k, M * k / count, M * (k + 1) / count); }); });
   }
 
 public:

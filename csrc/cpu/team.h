@@ -127,4 +127,9 @@ template <class F> inline void run_team(int threads, F f) {
   for (auto &t : team) t.join();
 }
 
+// Whoever calls takes pieces 0 .. count - 1 until none is left; what a piece computes must not depend on who has it.
+template <class Each> inline void share(std::atomic<int64_t> &next, int64_t count, Each each) {
+  for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(k);
+}
+
 } // namespace gk
