@@ -39,8 +39,16 @@ def words(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.where(which < 2, torch.where(which == 0, x[0], x[1]), torch.where(which == 2, x[2], x[3]))
 
 
+def limit(p: float) -> tuple[int, float]:
+    """(below, scale) of dropout with probability p: a place whose word is less than `below` is dropped, others are scaled.
+
+    >>> limit(0.25)
+    (1073741824, 1.3333333333333333)
+    """
+    return min(int(p * 2**32), LOW), 1 / (1 - p) if p < 1 else 0.0
+
+
 def factors(seed: Tensor, p: float, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where dropout of probability p drops a place, 1 / (1 - p) elsewhere."""
-    below = min(int(p * 2**32), LOW)
-    kept = words(seed, rows, columns) >= below
-    return kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
+    below, scale = limit(p)
+    return (words(seed, rows, columns) >= below).to(dtype) * scale
