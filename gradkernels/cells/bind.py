@@ -6,7 +6,7 @@ import functools
 import linecache
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -16,20 +16,23 @@ class Cell:
 
     The functions take and return tuples of tensors, elementwise and without touching their arguments: `x[G]`, `r[G]` the
     pre-activations of the input and of the recurrent product, `s[S]` the states before the step (`s[0]` is what the recurrent
-    matrix multiplies), `p[P]` per-unit parameters (an argument only where P > 0), `t[S]` the states after it, `a[A]` what
-    forward keeps, `dt[S]` the adjoints of t. All have the shape of one plane, such as [B, H], and one floating dtype.
+    matrix multiplies), `t[S]` the states after it, `a[A]` what forward keeps, `dt[S]` the adjoints of t. All have the shape of
+    one plane, such as [B, H], and one floating dtype. A cell may have more arguments, after s, in this order: `p[P]` per-unit
+    parameters, `m[M]` masks, `d[D]` with the first state of some steps ago, D being 0 or 1.
 
-    * `forward(x, r, s[, p]) -> t, a`
-    * `backward(a, s, t[, p], dt) -> dx, dr, ds[, dp], total`: total holds the full adjoints of t, with what reaches a state
-      through the other states of the same step; it is what `retain_grad` on them shows
-    * `tangent(x, r, s[, p], dx, dr, ds[, dp]) -> t, dt`: forward mode
+    * `forward(x, r, s[, p][, m][, d]) -> t, a`
+    * `backward(a, s, t[, p][, m][, d], dt) -> dx, dr, ds[, dp][, dd], total`: total holds the full adjoints of t, with what
+      reaches a state through the other states of the same step; it is what `retain_grad` on them shows
+    * `tangent(x, r, s[, p][, m][, d], dx, dr, ds[, dp][, dd]) -> t, dt`: forward mode
+
+    Without a recurrent product (`recurrent` is False) r is never read, and dr is dx.
 
     Where a cell writes `r[k](v)`, those k are in `second`, and the driver makes two dependent products a step:
 
-    * `operand(x, r, s[, p]) -> v`: reads no `r[k]` of k in second, which are made of v: `r[k] = W_k v + b_k`
-    * `operand_tangent(x, r, s[, p], dx, dr, ds[, dp]) -> v, dv`
-    * `second_adjoint(a, s, t[, p], dt) -> v, dr`: v again, and `dr[k]` for k in second
-    * `backward(a, s, t[, p], dt, dv)`: takes the adjoint of v, `dv = sum_k W_k^T dr[k]`
+    * `operand(x, r, s[, p][, m][, d]) -> v`: reads no `r[k]` of k in second, which are made of v: `r[k] = W_k v + b_k`
+    * `operand_tangent(..) -> v, dv`: arguments as tangent
+    * `second_adjoint(a, s, t[, p][, m][, d], dt) -> v, dr`: v again, and `dr[k]` for k in second
+    * `backward(.., dt, dv)`: takes the adjoint of v, `dv = sum_k W_k^T dr[k]`
 
     Cells are equal when their text is; they pickle, and copies are the cell itself.
 
@@ -62,6 +65,9 @@ class Cell:
     split: tuple[int, ...]  # gates whose dr is not their dx
     second: tuple[int, ...]  # gates whose recurrent product is of the operand instead of s[0]: the last ones
     source: str = field(repr=False)
+    M: int = field(default=0, repr=False)  # masks
+    D: int = field(default=0, repr=False)  # values of some steps ago
+    recurrent: bool = field(default=True, repr=False)  # False: no product with the states, r is not read
 
     def __copy__(self) -> Cell:
         return self
@@ -70,13 +76,24 @@ class Cell:
         return self
 
     def __reduce__(self) -> tuple:  # without the bound functions, which do not pickle
-        return Cell, (self.name, self.G, self.S, self.P, self.A, self.split, self.second, self.source)
+        return Cell, tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Which of p, m and d its functions take."""
+        return tuple(name for name, n in (("p", self.P), ("m", self.M), ("d", self.D)) if n)
+
+    @property
+    def means(self) -> bool:
+        """Whether a step takes means over the units of a row."""
+        return "= mean(" in self.source
 
     @property
     def projects(self) -> bool:
         """Whether the first state may be of another width than the units: only the recurrent product reads it."""
         source = self.source
-        return "s[0]" not in source[source.index("def forward(") : source.index("def backward(")] and not self.second
+        forward = source[source.index("def forward(") : source.index("def backward(")]
+        return self.recurrent and "s[0]" not in forward and not (self.second or self.D)
 
     @functools.cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from .bind import Cell
 from .differentiate import adjoints, tangents
-from .graph import Graph, Group, Node, Products
+from .graph import EXTRA, THERE, Graph, Group, Node, Products
 from .printer import Printer
 from .reader import Reader
 from .save import choose_saved
@@ -27,12 +27,13 @@ def cell(
 
 
 def cell(function: Callable[..., Any] | None = None, *, name: str | None = None, recompute: float = 0.3) -> Any:
-    """A Cell from the text of its forward, `f(x, r, s)` or `f(x, r, s, p)`; everything else is derived. A decorator.
+    """A Cell from the text of its forward, `f(x, r, s)` and any of `p, m, d` after them; everything else is derived. A decorator.
 
     The text is read, never called: straight-line arithmetic on one unit of one row. `x[k]`, `r[k]` are the pre-activations of
-    gate k of the input and of the recurrent product, `s[k]` the states before the step, `p[k]` per-unit parameters; returned
-    are the states after it, one value or a tuple. How many there are of each is inferred. `r[k](v)` is the recurrent product
-    of v instead of `s[0]`: one v a cell, for its last gates.
+    gate k of the input and of the recurrent product, `s[k]` the states before the step, `p[k]` per-unit parameters, `m[k]`
+    masks drawn by whoever calls, `d[0]` the first state of some steps ago; returned are the states after the step, one value or
+    a tuple. How many there are of each is inferred. `r[k](v)` is the recurrent product of v instead of `s[0]`: one v a cell,
+    for its last gates. A cell that never reads r has no recurrent product. Another cell is called like a function of these.
 
     The language: numbers, + - * /, ** with a number, where(a < b, u, v), names, tuples, functions of one's own (read in place),
     numbers from outside (as they are when the cell is made), and without any import sigmoid tanh relu softplus silu softsign
@@ -69,53 +70,79 @@ def cell(function: Callable[..., Any] | None = None, *, name: str | None = None,
         return lambda f: cell(f, name=name, recompute=recompute)
     if not isinstance(function, types.FunctionType):
         raise TypeError(f"a cell is a Python function, got {type(function).__name__}")
-    return _build(name or function.__name__, _read(function), recompute)
+    return build(name or function.__name__, _read(function), recompute)
 
 
 @dataclass
-class _Forward:
-    """A forward that was read: new states over leaves x, r, s, p."""
+class Forward:
+    """A forward that was read: new states over leaves x, r, s, p, m, d, and how many there are of those."""
 
     graph: Graph
     outputs: list[Node]
-    G: int
-    P: int
+    sizes: dict[str, int]
     second: tuple[int, ...]
     operand: Node | None
+    recurrent: bool
 
 
-def _read(function: types.FunctionType) -> _Forward:
+def groups_of(graph: Graph) -> dict[str, Group]:
+    return {name: (Products if name == "r" else Group)(graph, name) for name in ("x", "r", "s", *EXTRA)}
+
+
+def _read(function: types.FunctionType) -> Forward:
     node, filename = find(function)
     graph = Graph()
     reader = Reader(graph, filename, scope(function), (function,))
-    arguments = reader.parameters(node)
-    if len(arguments) not in (3, 4):
-        reader.error(node, "a cell takes (x, r, s) or (x, r, s, p)")
-    x, r, s, p = Group(graph, "x"), Products(graph, "r"), Group(graph, "s"), Group(graph, "p")
-    value = reader.function(node, [x, r, s, p][: len(arguments)])
+    arguments, groups = reader.parameters(node), groups_of(graph)
+    extra = arguments[3:]
+    if len(arguments) < 3 or extra != [name for name in EXTRA if name in extra]:
+        reader.error(node, "a cell takes (x, r, s), then any of p, m, d in this order")
+    value = reader.function(node, [groups[name] for name in ("x", "r", "s", *extra)])
     outputs = [value] if isinstance(value, Node) else list(value) if isinstance(value, tuple) else []
     returned = reader.returned or node
+    x, r, s = groups["x"], groups["r"], groups["s"]
     if not outputs or not all(isinstance(o, Node) and not o.is_condition for o in outputs):
         reader.error(returned, "a cell returns its new states: one value, or a tuple of values")
     if s.size > len(outputs):
         count = f"{len(outputs)} state{'s are' if len(outputs) > 1 else ' is'}"
         reader.error(returned, f"s[{s.size - 1}] is read but only {count} returned")
-    if r.size == 0:
-        reader.error(node, "r is never read: this is no recurrent cell")
-    if len(arguments) == 4 and p.size == 0:
-        reader.error(node, "p is never read")
+    if r.size == 0 and s.size == 0:
+        reader.error(node, "neither r nor s is read: this is no recurrent cell")
+    if x.size == 0 and r.size == 0:
+        reader.error(node, "neither x nor r is read: a cell has at least one gate")
+    for name in extra:
+        if groups[name].size == 0:
+            reader.error(node, f"{name} is never read")
+    if groups["d"].size > 1:
+        reader.error(
+            node, f"d[{groups['d'].size - 1}] is read: the first state of some steps ago is d[0], and there is no other"
+        )
     G = max(x.size, r.size)
+    assert isinstance(r, Products)
     for k in range(G):
         if k not in x.read | r.read | r.second.keys():
             reader.error(node, f"there are {G} gates, but neither x[{k}] nor r[{k}] is read")
     for k, (inner, at) in r.second.items():
         if k < G - len(r.second):
             inner.error(at, f"gates with a product of another value than s[0] must be the last, r[{k}] is one of {G}")
-    return _Forward(graph, outputs, G, p.size, tuple(sorted(r.second)), r.operand)
+    return forward_of(graph, groups, outputs)
 
 
-def _build(name: str, f: _Forward, recompute: float) -> Cell:
-    graph, outputs, v, G, S = f.graph, f.outputs, f.operand, f.G, len(f.outputs)
+def forward_of(graph: Graph, groups: dict[str, Group], outputs: list[Node]) -> Forward:
+    """New states over these groups, sizes being what was read of each."""
+    r = groups["r"]
+    assert isinstance(r, Products)
+    G = max(groups["x"].size, r.size)
+    sizes = {"x": G, "r": G, "s": len(outputs)} | {name: groups[name].size for name in EXTRA}
+    return Forward(graph, outputs, sizes, tuple(sorted(r.second)), r.operand, r.size > 0)
+
+
+def build(name: str, f: Forward, recompute: float = 0.3) -> Cell:
+    """Derive everything and print it."""
+    graph, outputs, v, sizes = f.graph, f.outputs, f.operand, f.sizes
+    G, S = sizes["x"], sizes["s"]
+    values = ["x", "r", "s", *(g for g in EXTRA if sizes[g])]
+    differentiable = [g for g in values if g != "m"]
     dt = [graph.leaf("dt", k) for k in range(S)]
     adjoint = adjoints(graph, [*zip(outputs, dt), *([(v, graph.leaf("dv"))] if v else [])])
 
@@ -123,15 +150,15 @@ def _build(name: str, f: _Forward, recompute: float) -> Cell:
         like = graph.leaf("s", k) if group == "s" else dt[0]  # states may differ in width
         return adjoint.get(graph.leaf(group, k)) or _full(graph, like, graph.const(0))
 
-    sizes = {"x": G, "r": G, "s": S, "p": f.P}
-    wanted = {group: [adjoint_of(group, k) for k in range(n)] for group, n in sizes.items() if n}
+    wanted = {group: [adjoint_of(group, k) for k in range(sizes[group])] for group in differentiable}
+    if not f.recurrent:  # there is no r: so that drivers have one adjoint of gates to write
+        wanted["r"] = wanted["x"]
     wanted["total"] = [d if o.op == "const" else adjoint[o] for o, d in zip(outputs, dt)]
     flat = [n for nodes in wanted.values() for n in nodes]
-    stored = {o: f"t[{k}]" for k, o in enumerate(outputs) if o.op != "const" and o.args[0] not in ("s", "p")}
+    stored = {o: f"t[{k}]" for k, o in enumerate(outputs) if o.op != "const" and o.args[0] not in THERE}
     saved = choose_saved(list(stored), [*flat, *([v] if v else [])], recompute)
 
-    values = ["x", "r", "s", *(["p"] if f.P else [])]
-    entering, after = [*values, *(f"d{g}" for g in values)], ["a", "s", "t", *values[3:], "dt"]
+    entering, after = [*values, *(f"d{g}" for g in differentiable)], ["a", "s", "t", *values[3:], "dt"]
     states = [_full(graph, graph.leaf("x", 0), o) for o in outputs]
     forward = Printer()
     forward.body([*states, *saved])
@@ -170,7 +197,8 @@ def _build(name: str, f: _Forward, recompute: float) -> Cell:
         again.body([v, *late])
         texts.append(again.define("second_adjoint", after, f"{again.text(v)}, {again.group(late)}"))
     split = tuple(k for k in range(G) if wanted["x"][k] is not wanted["r"][k])
-    return Cell(name, G, S, f.P, len(saved), split, f.second, "\n\n".join(texts))
+    source = "\n\n".join(texts)
+    return Cell(name, G, S, sizes["p"], len(saved), split, f.second, source, sizes["m"], sizes["d"], f.recurrent)
 
 
 def _full(graph: Graph, like: Node, value: Node) -> Node:

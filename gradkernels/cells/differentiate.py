@@ -38,10 +38,12 @@ def adjoints(graph: Graph, seeds: list[tuple[Node, Node]]) -> dict[Node, Node]:
 
 
 def tangents(graph: Graph, outputs: list[Node]) -> list[Node]:
-    """Forward mode: tangents of the outputs, those of the leaves being leaves dx[k], dr[k], ds[k], dp[k]."""
+    """Forward mode: tangents of the outputs, those of the leaves being leaves dx[k], dr[k], ds[k], dp[k], dd[k]; masks m stand."""
     tangent: dict[Node, Node] = {}
     for node in reach(outputs):
         if node.op == "leaf":
+            if node.args[0] == "m":
+                continue
             tangent[node] = graph.leaf("d" + node.args[0], node.args[1])
             continue
         for k, a in enumerate(node.args):

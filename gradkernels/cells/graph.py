@@ -101,6 +101,10 @@ NUMBERS: dict[str, Callable[..., Any]] = {
 }
 
 
+EXTRA = ("p", "m", "d")  # groups that a cell may have beside x, r and s, in the order of arguments
+THERE = ("s", *EXTRA)  # groups that are at hand in backward without being kept
+
+
 class Node:
     """An operation on other nodes, a number ("const"), or a value from outside ("leaf": group and index)."""
 
@@ -197,7 +201,7 @@ class Graph:
 
 
 class Group:
-    """x, r, s or p: leaves made when they are read, so that sizes are inferred."""
+    """x, r, s, p, m or d: leaves made when they are read, so that sizes are inferred."""
 
     def __init__(self, graph: Graph, name: str):
         self.graph, self.name = graph, name

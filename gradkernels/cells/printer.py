@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from .graph import COMPARES, OPERATORS, VOCABULARY, Node
 
 # Names that generated functions keep for their arguments and results, and the words that C++ does not have as names.
-_OWN = "x r s p a t dt v dv dx dr ds dp total G S P A Q V name shared full_like"
+_OWN = "x r s p m d a t dt v dv dx dr ds dp dd total G S P M D A Q V name shared full_like"
 _CPP = """
 auto bool case catch char const constexpr default delete do double enum explicit export extern false float friend goto inline
 int long mutable namespace new noexcept operator private protected public register short signed sizeof static struct switch
@@ -81,7 +81,8 @@ class Printer:
         for used in [*(a for n in order for a in n.inputs), *results]:
             uses[used] = uses.get(used, 0) + 1
         for n in order:
-            if n.name or uses.get(n, 0) > 1 or len(self.text(n)) > self.width:
+            # a mean is a line of its own: there the drivers that share the units of a row cut the function
+            if n.name or n.op == "mean" or uses.get(n, 0) > 1 or len(self.text(n)) > self.width:
                 text = self.text(n)
                 self.lines.append(f"{self.name(n, n.name or n.hint)} = {text}")
 

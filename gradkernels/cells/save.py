@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .graph import COSTLY, Node, reach
+from .graph import COSTLY, THERE, Node, reach
 
 _PLANE, _CHEAP = (
     1_000_000,
@@ -17,16 +17,16 @@ def choose_saved(outputs: list[Node], wanted: list[Node], recompute: float) -> l
     """The cheapest set of values that forward must store so that all `wanted` can be computed.
 
     A value that is needed is either stored (one plane) or computed again from its arguments (`recompute` planes for a
-    transcendental function, a hundredth for arithmetic). Entering states, new states and parameters are there anyway;
-    pre-activations x and r are not, so they are stored or avoided. Leaves other than x, r, s, p are adjoints from outside.
+    transcendental function, a hundredth for arithmetic). Entering states, new states, parameters and masks are there anyway;
+    pre-activations x and r are not, so they are stored or avoided. Leaves other than these are adjoints from outside.
     """
     needed = reach(wanted)
     moving: set[Node] = set()  # whatever depends on adjoints: never stored
     for n in needed:
-        if n.op == "leaf" and n.args[0] not in ("x", "r", "s", "p") or not moving.isdisjoint(n.inputs):
+        if n.op == "leaf" and n.args[0] not in ("x", "r", *THERE) or not moving.isdisjoint(n.inputs):
             moving.add(n)
     still = [n for n in needed if n not in moving and n.op != "const"]
-    free = {n for n in still if n in outputs or n.op == "leaf" and n.args[0] in ("s", "p")}
+    free = {n for n in still if n in outputs or n.op == "leaf" and n.args[0] in THERE}
     sources = {a for n in moving for a in n.inputs} | set(wanted)
     flow = _Flow()
     for n in still:  # the side of "needed": must exist in backward; ("again", n) on that side: computed there

@@ -64,6 +64,21 @@ def leaves(x, r, s):
     return h, x[1], s[1], 0.5, h
 
 
+@cell
+def independent(x, r, s, p):
+    """Li et al. (2018), of two states: nothing is multiplied by a matrix."""
+    h = relu(x[0] + p[0] * s[0])
+    return h + tanh(x[1]) * s[1], 0.5 * s[1] + p[1] * h
+
+
+@cell
+def with_every_group(x, r, s, p, m, d):
+    """Parameters, masks and a delayed value, in both products."""
+    z = sigmoid(x[0] + r[0] + p[0] * s[0])
+    n = tanh(x[1] + r[1](m[0] * z * s[0] + d[0])) + 0.5 * d[0]
+    return s[0] + m[1] * z * (n - s[0])
+
+
 def swish(v):
     w = v * torch.sigmoid(v)
     return w + alpha
@@ -93,7 +108,17 @@ def everything(x, r, s):
     return tanh(0.1 * w), 0.9 * s[1] + alpha * u * u
 
 
-ZOO = [peephole, slstm, layer_norm_lstm, minimal_gated_unit, two_products, leaves, everything]
+ZOO = [
+    independent,
+    with_every_group,
+    peephole,
+    slstm,
+    layer_norm_lstm,
+    minimal_gated_unit,
+    two_products,
+    leaves,
+    everything,
+]
 
 
 def pytest_generate_tests(metafunc):

@@ -15,17 +15,21 @@ class Step:
     def __init__(self, cell):
         self.cell, Q = cell, len(cell.second)
         new = lambda n: [torch.randn(ROWS, H, dtype=torch.double, requires_grad=True) for _ in range(n)]
-        self.x, self.r, self.s, self.p = new(cell.G), new(cell.G - Q), new(cell.S), new(cell.P)
+        self.sizes = [cell.G, (cell.G - Q) * cell.recurrent, cell.S, cell.P, cell.D]  # of what has derivatives
+        self.m = [torch.randint(2, (ROWS, H)).double() for _ in range(cell.M)]
         self.weights = [torch.randn(H, H, dtype=torch.double) for _ in range(Q)]
-        self.inputs = [*self.x, *self.r, *self.s, *self.p]
+        self.inputs = [v for n in self.sizes for v in new(n)]
         self.t, self.a = self.forward(*self.inputs)[:2]
 
-    def groups(self, values):
+    def cut(self, values):
         values = list(values)
-        cut = lambda n: [values.pop(0) for _ in range(n)]
-        c = self.cell
-        x, r, s, p = cut(c.G), cut(c.G - len(c.second)), cut(c.S), cut(c.P)
-        return [x, r, s] + [p] * (c.P > 0)
+        return [[values.pop(0) for _ in range(n)] for n in self.sizes]
+
+    def groups(self, values):
+        """x, r, s and what else the cell takes."""
+        x, r, s, p, d = self.cut(values)
+        extra = {"p": p, "m": self.m, "d": d}
+        return [x, r, s, *(extra[name] for name in self.cell.extra)]
 
     def forward(self, *values):
         x, r, *rest = self.groups(values)
@@ -34,20 +38,22 @@ class Step:
 
     def backward(self, dt):
         """-> gradients of the inputs, total, v"""
-        after = [self.a, self.s, self.t] + [self.p] * (self.cell.P > 0) + [dt]
+        _, _, s, *extra = self.groups(self.inputs)
+        after = [self.a, s, self.t, *extra, dt]
         if not self.cell.second:
-            dx, dr, ds, *dp, total = self.cell.backward(*after)
-            return [*dx, *dr, *ds, *(dp[0] if dp else [])], total, None
+            dx, dr, *rest, total = self.cell.backward(*after)
+            return [*dx, *(dr if self.cell.recurrent else []), *(d for group in rest for d in group)], total, None
         v, late = self.cell.second_adjoint(*after)
         dv = sum(d @ w.t() for d, w in zip(late, self.weights, strict=True))
-        dx, dr, ds, *dp, total = self.cell.backward(*after, dv)
+        dx, dr, *rest, total = self.cell.backward(*after, dv)
         for k, d in zip(self.cell.second, late, strict=True):
             torch.testing.assert_close(dr[k], d, rtol=0, atol=0)
-        return [*dx, *dr[: len(self.r)], *ds, *(dp[0] if dp else [])], total, v
+        return [*dx, *dr[: self.sizes[1]], *(d for group in rest for d in group)], total, v
 
     def tangent(self, moving):
-        values, (dx, dr, *drest) = self.groups(self.inputs), self.groups(moving)
-        x, r, *rest = values
+        x, r, *rest = self.groups(self.inputs)
+        dx, dr, ds, dp, dd = self.cut(moving)
+        drest = [ds, *[dp] * bool(dp), *[dd] * bool(dd)]
         if self.cell.second:
             v, dv = self.cell.operand_tangent(x, r, *rest, dx, dr, *drest)
             r, dr = [*r, *(v @ w for w in self.weights)], [*dr, *(dv @ w for w in self.weights)]
@@ -110,10 +116,12 @@ def test_every_result_has_the_dtype_of_the_arguments(each, dtype, default):
     torch.set_default_dtype(default)
     try:
         new = lambda n: [torch.randn(2, 3, dtype=dtype) for _ in range(n)]
-        x, r, s, p, dt = new(each.G), new(each.G), new(each.S), [new(each.P)] * (each.P > 0), new(each.S)
-        t, a = each.forward(x, r, s, *p)
-        results = [*t, *a, *each.tangent(x, r, s, *p, x, r, s, *p)[1]]
-        for group in each.backward(a, s, t, *p, dt, *(new(1) if each.second else [])):
+        x, r, s, dt = new(each.G), new(each.G), new(each.S), new(each.S)
+        extra = [new(getattr(each, name.upper())) for name in each.extra]
+        moving = [v for name, v in zip(each.extra, extra) if name != "m"]
+        t, a = each.forward(x, r, s, *extra)
+        results = [*t, *a, *each.tangent(x, r, s, *extra, x, r, s, *moving)[1]]
+        for group in each.backward(a, s, t, *extra, dt, *(new(1) if each.second else [])):
             results += group
         assert {u.dtype for u in results} == {dtype}
     finally:

@@ -204,6 +204,8 @@ def test_recompute_is_a_price():
 def test_sizes_of_the_zoo(zoo):
     sizes = {name: (c.G, c.S, c.P, c.A, c.split, c.second) for name, c in zoo.items()}
     assert sizes == {
+        "independent": (2, 2, 2, 2, (), ()),
+        "with_every_group": (2, 1, 1, 2, (), (1,)),
         "peephole": (4, 2, 3, 4, (), ()),
         "slstm": (4, 4, 0, 4, (), ()),
         "layer_norm_lstm": (4, 2, 0, 4, (), ()),
