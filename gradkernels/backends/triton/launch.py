@@ -72,6 +72,7 @@ class Limits:
     multiprocessors: int
     overlap: bool  # whether a launch may begin while the one before ends
     tf32: bool  # whether Triton has such products there
+    lanes: int = 32  # threads of a warp
 
 
 def limits() -> Limits:
@@ -87,9 +88,8 @@ def _limits(device: int) -> Limits:
     properties, target = driver.utils.get_device_properties(device), driver.get_current_target()
     overlap = target.backend == "cuda" and target.arch >= 90
     precisions = make_backend(target).parse_options(options(4)).allowed_dot_input_precisions
-    return Limits(
-        properties["max_shared_mem"], properties.get("multiprocessor_count", 128), overlap, "tf32" in precisions
-    )
+    multiprocessors = properties.get("multiprocessor_count", 128)
+    return Limits(properties["max_shared_mem"], multiprocessors, overlap, "tf32" in precisions, target.warp_size)
 
 
 # ---------------------------------------------------------------- choices
