@@ -11,16 +11,16 @@ from gradkernels import backends, cells, ops
 from gradkernels.cells import cell
 
 __version__ = "0.1.0"
-__all__ = ["backends", "cell", "cells", "convert", "doctor", "nn", "ops", "tasks"]
+__all__ = ["backends", "cell", "cells", "convert", "doctor", "flow", "init", "nn", "ops", "tasks"]
 
-_LAZY = {"nn": "gradkernels.nn", "doctor": "gradkernels.doctor", "tasks": "gradkernels.tasks"}
+_LAZY = ("doctor", "flow", "init", "nn", "tasks")
 
 
 def __getattr__(name: str) -> Any:
     if name == "convert":
         value = importlib.import_module("gradkernels.nn.convert").convert
     elif name in _LAZY:
-        value = importlib.import_module(_LAZY[name])
+        value = importlib.import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
