@@ -7,12 +7,12 @@ exists twice: Dynamo refuses one that has a `jvp`, so compiled code takes the ba
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from gradkernels.backends import reference
 from gradkernels.ops import _recurrent_op as op
+from gradkernels.ops._recurrent_taps import fit, measured
 
 # ---------------------------------------------------------------- vmap: the mapped dimension joins the batch
 
@@ -144,7 +144,11 @@ class Recurrent(Function):
         for wanted in need:
             got.append(out[k] if wanted else None)
             k += 1 if wanted else 0
-        return None, None, None, None, None, *got, fit(out[k + S], probe) if norms else None, *out[k : k + S]
+        size = None
+        if norms:
+            size = measured(op.cell_of(cell), probe[1], out[k + S], got[0], saved, batch_sizes, lengths)
+            size = fit(size, probe)
+        return None, None, None, None, None, *got, size, *out[k : k + S]
 
     @staticmethod
     def vmap(info, dims, *args):
@@ -225,12 +229,6 @@ class RecurrentBackward(Function):
     @staticmethod
     def vmap(info, dims, *args):
         return mapped_backward(info.batch_size, dims, args, apply(RecurrentBackward))
-
-
-def fit(size, shape):
-    """What was measured as the gradient of a probe: a longer probe is padded, a shorter one keeps the last steps."""
-    T, C = size.shape[0], shape[0]
-    return size if T == C else size[T - C :] if T > C else F.pad(size, (0, 0, 0, C - T))
 
 
 def eager(base):

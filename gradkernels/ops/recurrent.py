@@ -13,6 +13,7 @@ from gradkernels import cells
 from gradkernels.ops import _recurrent_op as op
 from gradkernels.ops._recurrent_autograd import Recurrent, apply
 from gradkernels.ops._recurrent_checks import WEIGHTS, check_forward
+from gradkernels.ops._recurrent_taps import widths
 
 if TYPE_CHECKING:
     from gradkernels.cells import Cell
@@ -61,7 +62,9 @@ def recurrent(
         batch_sizes: int64 ``[T]`` on the CPU, the rows of each step as in ``torch.nn.utils.rnn.PackedSequence``.
         reverse: walk from the last step to the first.
         probe: float64 ``[steps, S + 1]``. Its gradient is, per step, the squared norm of the gradient of each state, and the number
-            of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps.
+            of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps. Further columns
+            ask for more: ``[steps, S + 2]`` for the squared norm of the gradient of x too, and ``[steps, S + 3 + E]`` for the number
+            of saturated values of each of the cell's E activations that are kept anyway, and of the values looked at.
         every_state: return the sequences of all S states, not of the first alone.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can run.
 
@@ -180,9 +183,11 @@ def _zeros(cell, x, weight_hh, batch_sizes):
 
 
 def _check_probe(probe, cell, device):
-    if probe.dim() != 2 or probe.shape[1] != cell.S + 1 or probe.dtype != torch.float64:
+    columns = widths(cell)
+    if probe.dim() != 2 or probe.shape[1] not in columns or probe.dtype != torch.float64:
         raise ValueError(
-            f"probe must be float64 [steps, {cell.S + 1}] for {cell.name}, got {probe.dtype} {list(probe.shape)}"
+            f"probe must be float64 [steps, {columns[0]}] for {cell.name} (or [.., {columns[1]}] or [.., {columns[2]}] to measure "
+            f"more), got {probe.dtype} {list(probe.shape)}"
         )
     if probe.device != device:
         raise RuntimeError(

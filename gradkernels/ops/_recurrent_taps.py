@@ -1,0 +1,135 @@
+"""What the gradient of a wide probe holds beyond the squared norms of the states: measured where backward has the tensors anyway.
+
+    columns   S     1      1                        E               1
+              |ds|^2  rows   |dx|^2   saturated values by activation   values looked at
+
+A probe may end after the second, the third or the last group. Everything is a sum, so that micro-batches, repeated calls,
+ranks and recomputation add up. Saturated is a value within 5 % of an end of its activation's range, or a zero of relu; it is
+counted in at most `ROWS` rows of the batch, the longest ones.
+
+Dims: T steps, B batch, N tokens, H hidden units, S states, A kept values, E activations.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradkernels.cells import Cell
+
+ROWS = 4
+# Beyond these an activation hands on less than a fifth of its largest derivative; tanh(x) = 2 sigmoid(2 x) - 1 makes them one.
+SATURATED = {
+    "sigmoid": lambda v: (v - 0.5).abs_() > 0.45,
+    "tanh": lambda v: v.abs() > 0.9,
+    "relu": lambda v: v <= 0,
+}
+
+
+@functools.cache
+def _activations(source: str) -> tuple[tuple[str, str, str, int], ...]:
+    forward = ast.parse(source).body[0]
+    assert isinstance(forward, ast.FunctionDef)
+    *lines, last = forward.body
+    made = {line.targets[0].id: line.value for line in lines}  # type: ignore[attr-defined]
+    found = []
+    for group, values in zip("ta", last.value.elts):  # type: ignore[attr-defined]
+        for k, v in enumerate(values.elts):
+            name = v.id if isinstance(v, ast.Name) else "h" if (group, k) == ("t", 0) else ""
+            v = made.get(name, v)
+            if name and isinstance(v, ast.Call) and v.func.id in SATURATED:  # type: ignore[attr-defined]
+                found.append((name, v.func.id, group, k))  # type: ignore[attr-defined]
+    return tuple(found)
+
+
+@torch.compiler.assume_constant_result
+def activations(cell: Cell) -> tuple[tuple[str, str, str, int], ...]:
+    """Name, function, and where it is kept ("t": among new states, "a": among what forward keeps; which) of each.
+
+    >>> from gradkernels.cells import get
+    >>> [name for name, *_ in activations(get("lstm"))], activations(get("rnn_relu"))
+    (['i', 'f', 'g', 'o'], (('h', 'relu', 't', 0),))
+    """
+    return _activations(cell.source)
+
+
+def widths(cell: Cell) -> tuple[int, ...]:
+    """How many columns a probe may have."""
+    return cell.S + 1, cell.S + 2, cell.S + 3 + len(activations(cell))
+
+
+def squares(g: Tensor, batch_sizes: Tensor | None = None, time: int = 0) -> Tensor:
+    """[T] in float64: the squared norm of every step of a gradient [T, ..] (steps are dimension `time`), or packed [N, ..]."""
+    if batch_sizes is None:
+        rest = [d for d in range(g.dim()) if d != time]
+        if not rest:
+            return g.to(torch.double).square()
+        return torch.linalg.vector_norm(g, dim=rest, dtype=torch.double).square()
+    token = torch.linalg.vector_norm(g, dim=-1, dtype=torch.double).square()
+    step = torch.repeat_interleave(batch_sizes).to(g.device, non_blocking=True)
+    return token.new_zeros(batch_sizes.shape[0]).index_add(0, step, token)
+
+
+def saturation(
+    cell: Cell,
+    y: Tensor,  # [T, B, R] or [N, R]
+    kept: list[Tensor],  # the other state sequences, (raw,) acts [N, A, H]
+    batch_sizes: Tensor | None,  # [T]
+    lengths: Tensor | None,  # [B]
+) -> Tensor:
+    """[T, E + 1]: saturated values of each activation, and how many values were looked at."""
+    acts, H = kept[-1], kept[-1].shape[-1]
+    groups = {"t": [y, *kept[: cell.S - 1]], "a": acts.unbind(1)}
+    if batch_sizes is not None:
+        rows = torch.arange(ROWS)
+        place = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + rows
+        live = (rows < batch_sizes.unsqueeze(1)).to(y.device, non_blocking=True)
+        place = place.clamp(max=y.shape[0] - 1).flatten().to(y.device, non_blocking=True)
+        pick = lambda v: v.index_select(0, place).unflatten(0, (-1, ROWS))
+    else:
+        T, B = y.shape[:2]
+        r = min(B, ROWS)
+        if lengths is None:
+            live = None
+            pick = lambda v: v.reshape(T, B, -1)[:, :r]
+        else:
+            chosen = lengths.to(y.device).topk(r)
+            live = torch.arange(T, device=y.device).unsqueeze(1) < chosen.values
+            pick = lambda v: v.reshape(T, B, -1).index_select(1, chosen.indices)
+    columns = []
+    for _, function, group, k in activations(cell):
+        at_end = SATURATED[function](pick(groups[group][k]))
+        at_end = at_end if live is None else at_end & live.unsqueeze(2)
+        columns.append(at_end.sum((1, 2), dtype=torch.double))
+    like = columns[0] if columns else squares(y, batch_sizes)
+    looked_at = torch.full_like(like, r * H) if live is None else live.sum(1, dtype=torch.double) * H
+    return torch.stack([*columns, looked_at], 1)
+
+
+def measured(
+    cell: Cell,
+    width: int,  # of the probe
+    norms: Tensor,  # [T, S + 1], what the backend measured
+    dx: Tensor | None,
+    saved: list[Tensor],  # S sequences, (raw,) acts
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """All columns that the probe has, [T, width]. What is not computed, the gradient of an input that wants none, counts as 0."""
+    S = cell.S
+    if width == S + 1:
+        return norms
+    columns = [norms, (norms.new_zeros(norms.shape[0]) if dx is None else squares(dx, batch_sizes)).unsqueeze(1)]
+    if width > S + 2:
+        columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))
+    return torch.cat(columns, 1)
+
+
+def fit(size: Tensor, shape: torch.Size) -> Tensor:
+    """What was measured as the gradient of a probe: a longer probe is padded, a shorter one keeps the last steps."""
+    T, C = size.shape[0], shape[0]
+    return size if T == C else size[T - C :] if T > C else F.pad(size, (0, 0, 0, C - T))
