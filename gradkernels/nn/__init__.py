@@ -1,20 +1,27 @@
 """Layers shaped like torch.nn's: the same arguments, parameters, errors and results, on gradkernels' own kernels."""
 
+from gradkernels.nn.attention import AttentionBlock, MultiheadAttention
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from gradkernels.nn.conv import CausalConv1d
 from gradkernels.nn.norm import LayerNorm, ResidualBlock
+from gradkernels.nn.readout import AttentionReadout
 from gradkernels.nn.recurrent import GRU, LSTM, RNN, Recurrent, RNNBase
+from gradkernels.nn.wavenet import WaveNet
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AttentionBlock",
+    "AttentionReadout",
     "CausalConv1d",
     "GRUCell",
     "LSTMCell",
     "LayerNorm",
+    "MultiheadAttention",
     "RNNBase",
     "RNNCell",
     "Recurrent",
     "ResidualBlock",
+    "WaveNet",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,12 +94,18 @@ class ResidualBlock(nn.Module):
         return f"{self.d_model}, dropout={self.dropout}, norm={self.norm!r}, norm_kind={self.norm_kind!r}"
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        return self._around(input, lambda x: self.sublayer(x, *args, **kwargs))
+
+    def _around(self, input: Tensor, sublayer: Callable[[Tensor], Any]) -> Tensor:
         p = self.dropout if self.training else 0.0
         normed = partial(
             residual_norm, weight=self.weight, bias=self.bias, eps=self.eps, kind=self.norm_kind, prenorm=False
         )
-        out = self.sublayer(normed(input, None) if self.norm == "pre" else input, *args, **kwargs)
+        out = sublayer(normed(input, None) if self.norm == "pre" else input)
         out = out[0] if isinstance(out, tuple) else out
-        if self.norm == "post":
-            return normed(out, input, dropout_p=p)
-        return input + nn.functional.dropout(out, p)
+        return added(out, input, p) if self.norm == "pre" else normed(out, input, dropout_p=p)
+
+
+def added(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """residual + dropout(x); the kernel that knows a place's factor without a stored mask is that of the norm."""
+    return residual + x if p == 0 else residual_norm(x, residual, dropout_p=p)[1]
