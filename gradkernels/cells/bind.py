@@ -68,6 +68,7 @@ class Cell:
     M: int = field(default=0, repr=False)  # masks
     D: int = field(default=0, repr=False)  # values of some steps ago
     recurrent: bool = field(default=True, repr=False)  # False: no product with the states, r is not read
+    params: tuple[tuple[str, int, float | None], ...] = field(default=(), repr=False)  # names of p, see `cell`
 
     def __copy__(self) -> Cell:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -15,18 +15,28 @@ from .reader import Reader
 from .save import choose_saved
 from .source import find, scope
 
-
-@overload
-def cell(function: Callable[..., Any], *, name: str | None = None, recompute: float = 0.3) -> Cell: ...
+Params = Sequence[tuple[str, int, "float | None"]]  # name, how many, initial value
 
 
 @overload
 def cell(
-    function: None = None, *, name: str | None = None, recompute: float = 0.3
+    function: Callable[..., Any], *, name: str | None = None, params: Params | None = None, recompute: float = 0.3
+) -> Cell: ...
+
+
+@overload
+def cell(
+    function: None = None, *, name: str | None = None, params: Params | None = None, recompute: float = 0.3
 ) -> Callable[[Callable[..., Any]], Cell]: ...
 
 
-def cell(function: Callable[..., Any] | None = None, *, name: str | None = None, recompute: float = 0.3) -> Any:
+def cell(
+    function: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    params: Params | None = None,
+    recompute: float = 0.3,
+) -> Any:
     """A Cell from the text of its forward, `f(x, r, s)` and any of `p, m, d` after them; everything else is derived. A decorator.
 
     The text is read, never called: straight-line arithmetic on one unit of one row. `x[k]`, `r[k]` are the pre-activations of
@@ -42,12 +52,15 @@ def cell(function: Callable[..., Any] | None = None, *, name: str | None = None,
     Args:
         function: the forward. Its text must be in a file or a notebook cell.
         name: of the cell, else the function's.
+        params: what the p are to people: (name, how many, initial value) one after the other, as a layer makes parameters of
+            them; an initial value of None is drawn as torch's recurrent layers draw theirs.
         recompute: the price of computing a transcendental function again in backward, in stored planes of B x H a step.
             What forward keeps is the cheapest choice, a minimum cut of the graph.
 
     Raises:
         SyntaxError: anything outside the language, at the author's own file, line and column.
         TypeError: not a Python function.
+        ValueError: params are more or fewer than the p that are read.
 
     >>> from gradkernels.cells import cell
     >>> @cell
@@ -67,10 +80,10 @@ def cell(function: Callable[..., Any] | None = None, *, name: str | None = None,
         return dx, dx, (dt[0] - dn + dv * f,), (dt[0],)
     """
     if function is None:
-        return lambda f: cell(f, name=name, recompute=recompute)
+        return lambda f: cell(f, name=name, params=params, recompute=recompute)
     if not isinstance(function, types.FunctionType):
         raise TypeError(f"a cell is a Python function, got {type(function).__name__}")
-    return build(name or function.__name__, _read(function), recompute)
+    return build(name or function.__name__, _read(function), recompute, params)
 
 
 @dataclass
@@ -137,8 +150,9 @@ def forward_of(graph: Graph, groups: dict[str, Group], outputs: list[Node]) -> F
     return Forward(graph, outputs, sizes, tuple(sorted(r.second)), r.operand, r.size > 0)
 
 
-def build(name: str, f: Forward, recompute: float = 0.3) -> Cell:
+def build(name: str, f: Forward, recompute: float = 0.3, params: Params | None = None) -> Cell:
     """Derive everything and print it."""
+    named = _named(name, f.sizes["p"], params)
     graph, outputs, v, sizes = f.graph, f.outputs, f.operand, f.sizes
     G, S = sizes["x"], sizes["s"]
     values = ["x", "r", "s", *(g for g in EXTRA if sizes[g])]
@@ -198,7 +212,16 @@ def build(name: str, f: Forward, recompute: float = 0.3) -> Cell:
         texts.append(again.define("second_adjoint", after, f"{again.text(v)}, {again.group(late)}"))
     split = tuple(k for k in range(G) if wanted["x"][k] is not wanted["r"][k])
     source = "\n\n".join(texts)
-    return Cell(name, G, S, sizes["p"], len(saved), split, f.second, source, sizes["m"], sizes["d"], f.recurrent)
+    return Cell(name, G, S, sizes["p"], len(saved), split, f.second, source, sizes["m"], sizes["d"], f.recurrent, named)
+
+
+def _named(name: str, P: int, params: Params | None) -> tuple[tuple[str, int, float | None], ...]:
+    if params is None:
+        return (("weight_p", P, None),) if P else ()
+    named = tuple((str(text), int(count), None if value is None else float(value)) for text, count, value in params)
+    if sum(count for _, count, _ in named) != P or any(count < 1 for _, count, _ in named):
+        raise ValueError(f"cell {name} reads {P} parameters, params name {[count for _, count, _ in named]}")
+    return named
 
 
 def _full(graph: Graph, like: Node, value: Node) -> Node:

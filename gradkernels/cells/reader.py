@@ -8,7 +8,9 @@ import functools
 import types
 from typing import Any, NoReturn
 
+from .bind import Cell
 from .graph import COMPARES, MACROS, OPERATORS, RULES, VOCABULARY, Graph, Group, Node, Products, reach
+from .inline import inline
 from .source import Known, fail, find, meaning, scope
 
 _NAMES = {  # what people call them
@@ -198,6 +200,8 @@ class Reader:
                 self.error(node, f"methods are not allowed on a value; functions of a cell are {', '.join(VOCABULARY)}")
         if isinstance(target, Known):
             return self.known(node, target, args)
+        if isinstance(target, Cell):
+            return self.cell(node, target, [self.value(a) for a in args])
         if isinstance(target, types.FunctionType):  # the author's own helper: read in place
             return self.helper(node, target, [self.value(a) for a in args])
         self.error(f, f"{ast.unparse(f)} is no function of a cell; those are {', '.join(VOCABULARY)}")
@@ -225,6 +229,21 @@ class Reader:
             self.error(node, f"{function.__name__}({', '.join(wanted)}) takes {_count(wanted)}, {len(values)} given")
         return inner.function(body, values)
 
+    def cell(self, node: ast.Call, cell: Cell, values: list) -> tuple[Node, ...]:
+        """Another cell's step on groups or tuples of this one's values -> its new states."""
+        wanted = ["x", "r", "s", *cell.extra]
+        if len(values) != len(wanted):
+            self.error(node, f"{cell.name}({', '.join(wanted)}) takes {_count(wanted)}, {len(values)} given")
+        sizes = [cell.G, cell.G, cell.S, *(getattr(cell, name.upper()) for name in cell.extra)]
+        for name, value, size in zip(wanted, values, sizes):
+            if isinstance(value, Node) or (isinstance(value, tuple) and len(value) != size):
+                self.error(node, f"{cell.name} takes {size} value{'s' * (size != 1)} {name}")
+        x, r, s, *extra = values
+        if not isinstance(r, Products):
+            self.error(node, f"the recurrent products of {cell.name} are r itself")
+        take = lambda group, size: [group[k] for k in range(size)]
+        return inline(cell, self, take(x, cell.G), r, take(s, cell.S), [*map(take, extra, sizes[3:])], node)
+
     def product(self, node: ast.Call, r: Products, k: int, args: list) -> Node:
         """r[k](v)"""
         if len(args) != 1:
@@ -234,6 +253,9 @@ class Reader:
             return self.value(node.func)
         if v.op == "const":
             self.error(node, f"r[{k}](v) is the product of a value, not of a number")
+        return self.take_product(node, r, k, v)
+
+    def take_product(self, node: ast.AST, r: Products, k: int, v: Node) -> Node:
         for gate in (*r.second, k):
             if self.graph.leaf(r.name, gate) in reach([v]):
                 self.error(node, f"r[{k}](v) needs a v that does not depend on r[{gate}], a product of v itself")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gradkernels.cells import CELLS, cell
+from gradkernels.cells.transform import masked, resets, skip, zoneout
 
 alpha = 0.1
 scales = (0.5, 2.0)
@@ -121,9 +122,12 @@ ZOO = [
 ]
 
 
+AROUND = [around(CELLS[name]) for around in (zoneout, skip, masked, resets) for name in ("lstm", "gru_reset_before")]
+
+
 def pytest_generate_tests(metafunc):
     if "each" in metafunc.fixturenames:
-        cells = [*CELLS.values(), *ZOO]
+        cells = [*CELLS.values(), *ZOO, *AROUND]
         metafunc.parametrize("each", cells, ids=[c.name for c in cells])
 
 
