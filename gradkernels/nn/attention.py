@@ -70,7 +70,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 F._canonical_mask(
                     mask[:0], name, F._none_or_dtype(other), "attn_mask", query.dtype, check_other=other is not None
                 )
-        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = F._mha_shape_check(  # type: ignore[attr-defined]
+            query, key, value, key_padding_mask, attn_mask, self.num_heads
+        )
         shared, packed = key is value, query is key is value
         if not batched or not self.batch_first:
             query, key, value = (v.transpose(0, 1) if batched else v.unsqueeze(0) for v in (query, key, value))
@@ -142,7 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = bias + padding
         return Seen(causal, bias, key_mask)
 
-    def _project(self, query, key, value, shared, packed):
+    def _project(self, query, key, value, shared, packed) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, T, H * D], views of one tensor where one product makes them."""
         w, b, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         if self._qkv_same_embed_dim and packed:

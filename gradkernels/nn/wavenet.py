@@ -101,7 +101,7 @@ class WaveNet(nn.Module):
             raise ValueError("dilations must name at least one layer")
         where = {"device": device, "dtype": dtype}
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.input = CausalConv1d(in_channels, channels, kernel_size, bias=bias, **where)
+        self.input = CausalConv1d(in_channels, channels, kernel_size, bias=bias, device=device, dtype=dtype)
         last = len(dilations) - 1
         self.layers = nn.ModuleList(
             GatedLayer(channels, skip_channels, kernel_size, d, n == last, bias, **where)

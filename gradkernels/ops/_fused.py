@@ -52,6 +52,8 @@ class Fused:
     definition: `definition(*tensors, **options) -> results` in differentiable torch operations.
     fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
     shared: `shared(options) -> {k: j}`: the gradient of tensor k is that of tensor j.
+    saved: `saved(tensors, outputs) -> (*tensors, *outputs)`, as they are kept for backward: what it does not read is left out, and
+        what a result stands for is not kept beside it.
     like: the layout in which backward gives the gradient of a tensor.
     fold: `fold(N, dims, tensors, options) -> (tensors, unfold)` makes one call of a vmapped one; None where it cannot.
     """
@@ -67,11 +69,13 @@ class Fused:
         fake: Callable[..., tuple[Tensor, ...]],
         shared: Callable[[dict[str, Any]], dict[int, int]] = lambda options: {},
         fold: Callable[..., Any] | None = None,
+        saved: Callable[..., tuple[Tensor | None, ...]] = lambda tensors, outputs: (*tensors, *outputs),
         like: Callable[[Tensor], Tensor] = lambda v: v.new_empty(v.shape),
     ):
         self.name, self.tensors, self.options = name, tuple(tensors), tuple(options)
         self.results, self.outputs = len(results), len(results) + len(kept)
-        self.definition, self.fake, self.shared, self.fold, self.like = definition, fake, shared, fold, like
+        self.definition, self.fake, self.shared, self.fold = definition, fake, shared, fold
+        self.saved, self.like = saved, like
         given = ", ".join(f"Tensor? {t}" for t in tensors)
         how = ", ".join(f"{kind} {option}" for option, kind in options.items())
         grads = ", ".join(f"Tensor? d_{r}" for r in results)
@@ -174,7 +178,7 @@ class Fused:
         def keep_forward(ctx, inputs, output):
             ctx.how, ctx.backend = inputs[n:-1], inputs[-1]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:n], *as_tuple(output))
+            ctx.save_for_backward(*self.saved(inputs[:n], as_tuple(output)))
 
         def forward_derivative(ctx, *grads):
             tensors, outputs = cut(ctx.saved_tensors, n)

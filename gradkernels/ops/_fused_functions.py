@@ -70,7 +70,7 @@ def functions(op: Fused):
             ctx.how = inputs[0]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[r:])
-            ctx.save_for_backward(*inputs[1:], *output)
+            ctx.save_for_backward(*op.saved(inputs[1:], output))
             ctx.save_for_forward(*inputs[1:])
 
         @staticmethod

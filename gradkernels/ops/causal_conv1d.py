@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradkernels.backends.reference.causal_conv1d import definition
 from gradkernels.ops._fused import Fused
+from gradkernels.ops._fused_functions import nothing
 
 
 def _fake(x, weight, bias, dilation):
@@ -21,7 +22,22 @@ def _fold(N, dims, tensors, options):
     return (x.flatten(0, 1), *tensors[1:]), lambda outputs: ((outputs[0].unflatten(0, (N, x.shape[1])),), (0,))
 
 
-fused = Fused("causal_conv1d", ("x", "weight", "bias"), {"dilation": "int"}, ("y",), (), definition, _fake, fold=_fold)
+def _saved(tensors, outputs):
+    """Backward does not look at y."""
+    return *tensors, nothing(tensors[0])
+
+
+fused = Fused(
+    "causal_conv1d",
+    ("x", "weight", "bias"),
+    {"dilation": "int"},
+    ("y",),
+    (),
+    definition,
+    _fake,
+    fold=_fold,
+    saved=_saved,
+)
 
 
 def causal_conv1d(
