@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from .bind import Cell
 from .differentiate import adjoints, tangents
-from .graph import EXTRA, THERE, Graph, Group, Node, Products
+from .graph import EXTRA, THERE, Graph, Group, Node, Products, reach
 from .printer import Printer
 from .reader import Reader
 from .save import choose_saved
@@ -20,13 +20,23 @@ Params = Sequence[tuple[str, int, "float | None"]]  # name, how many, initial va
 
 @overload
 def cell(
-    function: Callable[..., Any], *, name: str | None = None, params: Params | None = None, recompute: float = 0.3
+    function: Callable[..., Any],
+    *,
+    name: str | None = None,
+    params: Params | None = None,
+    backward: Callable[..., Any] | None = None,
+    recompute: float = 0.3,
 ) -> Cell: ...
 
 
 @overload
 def cell(
-    function: None = None, *, name: str | None = None, params: Params | None = None, recompute: float = 0.3
+    function: None = None,
+    *,
+    name: str | None = None,
+    params: Params | None = None,
+    backward: Callable[..., Any] | None = None,
+    recompute: float = 0.3,
 ) -> Callable[[Callable[..., Any]], Cell]: ...
 
 
@@ -35,6 +45,7 @@ def cell(
     *,
     name: str | None = None,
     params: Params | None = None,
+    backward: Callable[..., Any] | None = None,
     recompute: float = 0.3,
 ) -> Any:
     """A Cell from the text of its forward, `f(x, r, s)` and any of `p, m, d` after them; everything else is derived. A decorator.
@@ -54,6 +65,9 @@ def cell(
         name: of the cell, else the function's.
         params: what the p are to people: (name, how many, initial value) one after the other, as a layer makes parameters of
             them; an initial value of None is drawn as torch's recurrent layers draw theirs.
+        backward: a derivative of one's own, where the true one is not what is wanted: a function in the same language whose
+            arguments are the forward's, then t, the new states, and dt, their adjoints (and dv, that of v in `r[k](v)`); it
+            returns dx, dr, ds and, where the cell has them, dp and dd, a tuple each. Forward mode stays the true derivative.
         recompute: the price of computing a transcendental function again in backward, in stored planes of B x H a step.
             What forward keeps is the cheapest choice, a minimum cut of the graph.
 
@@ -80,10 +94,16 @@ def cell(
         return dx, dx, (dt[0] - dn + dv * f,), (dt[0],)
     """
     if function is None:
-        return lambda f: cell(f, name=name, params=params, recompute=recompute)
-    if not isinstance(function, types.FunctionType):
-        raise TypeError(f"a cell is a Python function, got {type(function).__name__}")
-    return build(name or function.__name__, _read(function), recompute, params)
+        return lambda f: cell(f, name=name, params=params, backward=backward, recompute=recompute)
+    read = _read(_function(function))
+    own = None if backward is None else _read_backward(_function(backward), read)
+    return build(name or function.__name__, read, recompute, params, own)
+
+
+def _function(f: object) -> types.FunctionType:
+    if not isinstance(f, types.FunctionType):
+        raise TypeError(f"a cell is a Python function, got {type(f).__name__}")
+    return f
 
 
 @dataclass
@@ -141,6 +161,30 @@ def _read(function: types.FunctionType) -> Forward:
     return forward_of(graph, groups, outputs)
 
 
+def _read_backward(function: types.FunctionType, f: Forward) -> dict[str, list[Node]]:
+    """Adjoints by group, as an author wrote them."""
+    node, filename = find(function)
+    reader, leaf = Reader(f.graph, filename, scope(function), (function,)), f.graph.leaf
+    sizes = {name: n for name, n in f.sizes.items() if n or name in ("x", "r")}
+    given: dict[str, Any] = {name: tuple(leaf(name, k) for k in range(n)) for name, n in sizes.items()}
+    given |= {"t": tuple(f.outputs), "dt": tuple(leaf("dt", k) for k in range(sizes["s"]))}
+    given |= {"dv": leaf("dv")} if f.operand else {}
+    if reader.parameters(node) != list(given):
+        reader.error(node, f"the backward of this cell takes ({', '.join(given)})")
+    value = reader.function(node, list(given.values()))
+    wanted = {name: n for name, n in sizes.items() if name != "m"}
+    returned = reader.returned or node
+    nodes = lambda group: isinstance(group, tuple) and all(isinstance(v, Node) and not v.is_condition for v in group)
+    if not (isinstance(value, tuple) and len(value) == len(wanted) and all(map(nodes, value))):
+        reader.error(returned, f"a backward returns {', '.join('d' + name for name in wanted)}, a tuple each")
+    for (name, n), group in zip(wanted.items(), value):
+        if len(group) != n:
+            reader.error(returned, f"d{name} has {n} value{'s' * (n != 1)}, {len(group)} returned")
+    if f.operand and leaf("dv") in reach([value[1][k] for k in f.second]):
+        reader.error(returned, f"dr[{f.second[0]}] depends on dv, which is made of it")
+    return {name: list(group) for name, group in zip(wanted, value)}
+
+
 def forward_of(graph: Graph, groups: dict[str, Group], outputs: list[Node]) -> Forward:
     """New states over these groups, sizes being what was read of each."""
     r = groups["r"]
@@ -150,7 +194,13 @@ def forward_of(graph: Graph, groups: dict[str, Group], outputs: list[Node]) -> F
     return Forward(graph, outputs, sizes, tuple(sorted(r.second)), r.operand, r.size > 0)
 
 
-def build(name: str, f: Forward, recompute: float = 0.3, params: Params | None = None) -> Cell:
+def build(
+    name: str,
+    f: Forward,
+    recompute: float = 0.3,
+    params: Params | None = None,
+    own: dict[str, list[Node]] | None = None,  # the author's adjoints
+) -> Cell:
     """Derive everything and print it."""
     named = _named(name, f.sizes["p"], params)
     graph, outputs, v, sizes = f.graph, f.outputs, f.operand, f.sizes
@@ -165,6 +215,8 @@ def build(name: str, f: Forward, recompute: float = 0.3, params: Params | None =
         return adjoint.get(graph.leaf(group, k)) or _full(graph, like, graph.const(0))
 
     wanted = {group: [adjoint_of(group, k) for k in range(sizes[group])] for group in differentiable}
+    if own is not None:
+        wanted = {group: [_full(graph, dt[0], v) for v in nodes] for group, nodes in own.items()}
     if not f.recurrent:  # there is no r: so that drivers have one adjoint of gates to write
         wanted["r"] = wanted["x"]
     wanted["total"] = [d if o.op == "const" else adjoint[o] for o, d in zip(outputs, dt)]
