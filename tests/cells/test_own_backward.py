@@ -33,7 +33,7 @@ def backward(a, s, t, dt):
 
 def test_own_backward_is_printed_and_used():
     c = cell(straight_through, backward=as_if_it_were_tanh)
-    assert c.source.split("\n\n\n")[1] == PRINTED
+    assert c.source.split("\n\n\n")[1] == PRINTED.strip()
     x, r, s, dt = ([torch.randn(4, 3, dtype=torch.double)] for _ in range(4))
     t, a = c.forward(x, r, s)
     dx, dr, ds, total = c.backward(a, s, t, dt)
