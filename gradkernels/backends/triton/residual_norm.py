@@ -68,35 +68,48 @@ def tilt(g, unit, N, RMS: tl.constexpr):
 
 
 @triton.jit
-def load_sum(x, residual, seed, row, first, at, mask, below, scale, BN: tl.constexpr, ACC: tl.constexpr):
+def load(p, row, column, mask, N, ACC: tl.constexpr):
+    """[BM, BN] of p [M, N], zero outside; row int64, column int32, so that addresses are a register and an offset."""
+    return tl.load(p + row * N + column, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_weight(p, column, mask, ACC: tl.constexpr):
+    """p [N] for every row. Loaded as a tile, so that threads hold the places that they hold of other tiles."""
+    return tl.load(tl.broadcast_to(p + column, mask.shape), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store(p, row, column, mask, N, v):
+    tl.store(p + row * N + column, v.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_sum(x, residual, seed, row, first, column, mask, N, below, scale, BN: tl.constexpr, ACC: tl.constexpr):
     """residual + dropout(x) as it is stored: [BM, BN]."""
-    v = tl.load(x + at, mask=mask, other=0.0).to(ACC)
+    v = load(x, row, column, mask, N, ACC)
     if seed is not None:
         v *= factors(tl.load(seed), row, first, below, scale, BN, ACC)
     if residual is not None:
-        v += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
+        v += load(residual, row, column, mask, N, ACC)
     return v.to(x.dtype.element_ty).to(ACC)
 
 
 @triton.jit
-def store_norm(y, weight, bias, v, mean, rstd, at, column, mask, N, ACC: tl.constexpr):
+def store_norm(y, weight, bias, v, mean, rstd, row, column, mask, N, ACC: tl.constexpr):
     v = (v - mean) * rstd
     if weight is not None:
-        v *= tl.load(weight + column, mask=column < N, other=0.0).to(ACC)
+        v *= load_weight(weight, column, mask, ACC)
     if bias is not None:
-        v += tl.load(bias + column, mask=column < N, other=0.0).to(ACC)
-    tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
+        v += load_weight(bias, column, mask, ACC)
+    store(y, row, column, mask, N, v)
 
 
 @triton.jit
-def load_unit(dy, s, weight, at, column, mask, mean, rstd, N, ACC: tl.constexpr):
-    """dy, dy * weight, and the norm before its weight: [BM, BN] each. Past the end of a row the first two are zero."""
-    d = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
-    unit = (tl.load(s + at, mask=mask, other=0.0).to(ACC) - mean) * rstd
-    g = d
-    if weight is not None:
-        g = d * tl.load(weight + column, mask=column < N, other=0.0).to(ACC)
-    return d, g, unit
+def load_unit(dy, s, row, column, mask, mean, rstd, N, ACC: tl.constexpr):
+    """dy, and the norm before its weight: [BM, BN] each. Past the end of a row dy is zero."""
+    d = load(dy, row, column, mask, N, ACC)
+    return d, (load(s, row, column, mask, N, ACC) - mean) * rstd
 
 
 # ---------------------------------------------------------------- forward
@@ -127,16 +140,17 @@ def norm_forward(
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM).to(tl.int64)[:, None]
     column = tl.arange(0, BN)[None, :]
     if WHOLE:
-        at, mask = row * N + column, (row < M) & (column < N)
-        v = load_sum(x, residual, seed, row, 0, at, mask, below, scale, BN, ACC)
+        mask = (row < M) & (column < N)
+        v = load_sum(x, residual, seed, row, 0, column, mask, N, below, scale, BN, ACC)
         middle, squares = moments(v, mask, N, RMS)
     else:
         middle, squares = tl.zeros([BM, 1], ACC), tl.zeros([BM, 1], ACC)
         for first in range(0, N, BN):
-            at, mask = row * N + first + column, (row < M) & (first + column < N)
-            v = load_sum(x, residual, seed, row, first, at, mask, below, scale, BN, ACC)
+            own = first + column
+            mask = (row < M) & (own < N)
+            v = load_sum(x, residual, seed, row, first, own, mask, N, below, scale, BN, ACC)
             if s is not None:
-                tl.store(s + at, v.to(s.dtype.element_ty), mask=mask)
+                store(s, row, own, mask, N, v)
             count = tl.minimum(N - first, BN).to(ACC)
             more_middle, more_squares = moments(v, mask, count, RMS)
             middle, squares = joined(middle, squares, tl.full([], first, ACC), more_middle, more_squares, count)
@@ -145,13 +159,14 @@ def norm_forward(
     tl.store(rstd + row, r, mask=row < M)
     if WHOLE:
         if s is not None:
-            tl.store(s + at, v.to(s.dtype.element_ty), mask=mask)
-        store_norm(y, weight, bias, v, middle, r, at, column, mask, N, ACC)
+            store(s, row, column, mask, N, v)
+        store_norm(y, weight, bias, v, middle, r, row, column, mask, N, ACC)
     else:
         for first in range(0, N, BN):
-            at, mask = row * N + first + column, (row < M) & (first + column < N)
-            v = tl.load((x if s is None else s) + at, mask=mask, other=0.0).to(ACC)
-            store_norm(y, weight, bias, v, middle, r, at, first + column, mask, N, ACC)
+            own = first + column
+            mask = (row < M) & (own < N)
+            v = load(x if s is None else s, row, own, mask, N, ACC)
+            store_norm(y, weight, bias, v, middle, r, row, own, mask, N, ACC)
 
 
 # ---------------------------------------------------------------- backward
@@ -177,9 +192,10 @@ def norm_tilts(
     middle, r = tl.load(mean + row), tl.load(rstd + row)
     of_unit, of_g = tl.zeros([1, BN], ACC), tl.zeros([1, BN], ACC)
     for first in range(0, N, BN):
-        mask = first + column < N
-        at = row * N + first + column
-        _, g, unit = load_unit(dy, s, weight, at, first + column, mask, middle, r, N, ACC)
+        own = first + column
+        g, unit = load_unit(dy, s, row, own, own < N, middle, r, N, ACC)
+        if weight is not None:
+            g *= load_weight(weight, own, own < N, ACC)
         of_unit += g * unit
         of_g += g
     tl.store(tilts + row, tl.sum(of_unit) / N)
@@ -206,6 +222,7 @@ def norm_backward(
     below: tl.uint32,
     scale: tl.float64,
     RMS: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles on their way or at work
     BM: tl.constexpr,
     BN: tl.constexpr,
     ACC: tl.constexpr,
@@ -213,20 +230,25 @@ def norm_backward(
     run, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN
     column = start + tl.arange(0, BN)[None, :]
     of_weight, of_bias = tl.zeros([BM, BN], ACC), tl.zeros([BM, BN], ACC)
-    for first in range(run * RUN, tl.minimum(run * RUN + RUN, M), BM):
+    if weight is not None:
+        w = load_weight(weight, column, tl.broadcast_to(column < N, [BM, BN]), ACC)
+    for first in tl.range(run * RUN, tl.minimum(run * RUN + RUN, M), BM, num_stages=STAGES):
         row = first + tl.arange(0, BM).to(tl.int64)[:, None]
-        at, mask = row * N + column, (row < M) & (column < N)
+        mask = (row < M) & (column < N)
         ds = tl.zeros([BM, BN], ACC)
         if dsum is not None:
-            ds = tl.load(dsum + at, mask=mask, other=0.0).to(ACC)
+            ds = load(dsum, row, column, mask, N, ACC)
         if dy is not None:
             middle = tl.load(mean + row, mask=row < M, other=0.0)
             r = tl.load(rstd + row, mask=row < M, other=0.0)
-            d, g, unit = load_unit(dy, s, weight, at, column, mask, middle, r, N, ACC)
+            d, unit = load_unit(dy, s, row, column, mask, middle, r, N, ACC)
             if dweight is not None:
                 of_weight += d * unit
             if dbias is not None:
                 of_bias += d
+            g = d
+            if weight is not None:
+                g *= w
             if tilts is None:
                 of_unit, of_g = tilt(g, unit, N, RMS)
             else:
@@ -234,15 +256,15 @@ def norm_backward(
                 of_g = tl.load(tilts + M + row, mask=row < M, other=0.0)
             ds += r * (g - unit * of_unit - of_g)
         if dresidual is not None:
-            tl.store(dresidual + at, ds.to(dresidual.dtype.element_ty), mask=mask)
+            store(dresidual, row, column, mask, N, ds)
         if dx is not None:
             if seed is not None:
                 ds *= factors(tl.load(seed), row, start, below, scale, BN, ACC)
-            tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=mask)
+            store(dx, row, column, mask, N, ds)
     if dweight is not None:
-        tl.store(dweight + run * N + column, tl.sum(of_weight, 0, keep_dims=True), mask=column < N)
+        store(dweight, run, column, column < N, N, tl.sum(of_weight, 0, keep_dims=True))
     if dbias is not None:
-        tl.store(dbias + run * N + column, tl.sum(of_bias, 0, keep_dims=True), mask=column < N)
+        store(dbias, run, column, column < N, N, tl.sum(of_bias, 0, keep_dims=True))
 
 
 @triton.jit(do_not_specialize=["RUNS"])
@@ -261,26 +283,25 @@ def add_runs(
     of_weight, of_bias = tl.zeros([BM, BN], ACC), tl.zeros([BM, BN], ACC)
     for first in range(0, RUNS, BM):
         run = first + tl.arange(0, BM).to(tl.int64)[:, None]
-        at, mask = run * N + column, (run < RUNS) & (column < N)
+        mask = (run < RUNS) & (column < N)
         if dweight is not None:
-            of_weight += tl.load(weight_sums + at, mask=mask, other=0.0)
+            of_weight += load(weight_sums, run, column, mask, N, ACC)
         if dbias is not None:
-            of_bias += tl.load(bias_sums + at, mask=mask, other=0.0)
+            of_bias += load(bias_sums, run, column, mask, N, ACC)
     if dweight is not None:
-        sums = tl.sum(of_weight, 0, keep_dims=True)
-        tl.store(dweight + column, sums.to(dweight.dtype.element_ty), mask=column < N)
+        store(dweight, 0, column, column < N, N, tl.sum(of_weight, 0, keep_dims=True))
     if dbias is not None:
-        sums = tl.sum(of_bias, 0, keep_dims=True)
-        tl.store(dbias + column, sums.to(dbias.dtype.element_ty), mask=column < N)
+        store(dbias, 0, column, column < N, N, tl.sum(of_bias, 0, keep_dims=True))
 
 
 # ---------------------------------------------------------------- launch
 
-TILE = 2048  # values of a program, unless a row has more
-VALUES = 16  # of a thread, unless a row has more than the largest program has threads for
-CHUNK = 4096  # values at a time of a row that is too long
-# The longest row that stays in registers, by bytes of a value: forward, backward, backward with gradients of the weights.
-WIDEST = {2: (32768, 32768, 16384), 4: (32768, 16384, 8192), 8: (16384, 8192, 4096)}
+TILE = 1024  # values of a program, unless a row has more
+VALUES = 8  # of a thread, unless there are no more threads
+THREADS = 512  # of the largest program, and of all programs that a multiprocessor is given backward: 128 registers each
+CHUNK = 4096  # values at a time of a row that does not stay in registers
+# The longest row that does, by bytes of a value: forward, backward, backward with gradients of the weights.
+WIDEST = {2: (32768, 16384, 8192), 4: (32768, 16384, 8192), 8: (16384, 8192, 4096)}
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
@@ -292,7 +313,7 @@ def _tile(M: int, N: int, widest: int, at: Limits) -> tuple[dict[str, int], dict
     """BM, BN, and how to launch."""
     BN = max(16, triton.next_power_of_2(N)) if N <= widest else CHUNK
     BM = max(1, min(TILE // BN, triton.next_power_of_2(M)))
-    warps = min(max(BM * BN // (VALUES * at.lanes), 1), 1024 // at.lanes)
+    warps = min(max(BM * BN // (VALUES * at.lanes), 1), THREADS // at.lanes)
     return {"BM": BM, "BN": BN}, options(warps)
 
 
@@ -357,11 +378,14 @@ def backward(
     with _on(x.device):
         at = limits()
         tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][1 + any(need[2:4])], at)
-        parts = triton.cdiv(N, tile["BN"])
-        # two programs of the largest kind fill a multiprocessor, or as many threads of others
-        programs = at.multiprocessors * max(16 // chosen["num_warps"], 1)
-        run = triton.cdiv(triton.cdiv(M, tile["BM"]), max(programs // parts, 1)) * tile["BM"]
+        parts, resident = (
+            triton.cdiv(N, tile["BN"]),
+            THREADS // (chosen["num_warps"] * at.lanes),
+        )  # programs of a multiprocessor
+        run = triton.cdiv(triton.cdiv(M, tile["BM"]), max(at.multiprocessors * resident // parts, 1)) * tile["BM"]
         runs = triton.cdiv(M, run)
+        bytes = 3 * tile["BM"] * tile["BN"] * x.dtype.itemsize
+        given["STAGES"] = min(3, 1 + at.shared * 3 // 4 // resident // bytes)
         sums = [mean.new_empty(runs, N) if wanted else None for wanted in need[2:4]]
         contiguous = [v if v is None else v.contiguous() for v in (dy, dsum)]
         given |= {
