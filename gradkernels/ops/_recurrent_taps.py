@@ -123,7 +123,8 @@ def measured(
     S = cell.S
     if width == S + 1:
         return norms
-    columns = [norms, (norms.new_zeros(norms.shape[0]) if dx is None else squares(dx, batch_sizes)).unsqueeze(1)]
+    moved = norms.new_zeros(norms.shape[0]) if dx is None else squares(dx.detach(), batch_sizes)
+    columns = [norms, moved.unsqueeze(1)]
     if width > S + 2:
         columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))
     return torch.cat(columns, 1)

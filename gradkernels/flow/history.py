@@ -1,0 +1,135 @@
+"""What was measured, one record an optimizer step, and the bounded memory of them.
+
+Dims: T time steps of the sequences of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gradkernels.flow.numbers import Array, Decay
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer in one direction, or a plain layer of torch, as a monitor watches it."""
+
+    name: str  # "encoder.l0", "encoder.l1_reverse"; of a plain layer the module's
+    module: str
+    kind: str  # "recurrent", or "input": dL/dx_t alone, as much as a layer of torch lets see
+    cell: str | None
+    index: int
+    reverse: bool
+    states: tuple[str, ...]  # "h", "c" ...
+    activations: tuple[tuple[str, str], ...] = ()  # name and function of those whose saturation is counted
+
+    @property
+    def direction(self) -> str:
+        return "reverse" if self.reverse else "forward"
+
+
+@dataclass
+class Flow:
+    """Of one layer at one optimizer step. What is missing was not measured; -inf is a zero, or below the range of its dtype."""
+
+    signals: dict[str, Array]  # log10 of ||dL/dh_t||, ||dL/dc_t||, ||dL/dx_t|| by name [T]
+    saturation: dict[str, Array]  # share of saturated values by gate [T]
+    horizon: int | None
+    decay: Decay | None
+
+    @property
+    def size(self) -> int:
+        return sum(v.size for v in (*self.signals.values(), *self.saturation.values()))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Norms of the gradient at a block's exit and entrance, and how much of the latter came past its sublayer."""
+
+    entrance: float  # log10
+    exit: float  # log10
+    residual_share: float | None  # ||g_residual||^2 / (||g_residual||^2 + ||g_sublayer||^2)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one layer or module."""
+
+    norm: float
+    grad: float
+    update_ratio: float | None  # ||new - old|| / ||old||
+
+
+@dataclass
+class Record:
+    """Everything measured at one optimizer step."""
+
+    step: int  # of the optimizer, from 1
+    index: int  # of the record, from 0
+    layers: dict[str, Flow]
+    blocks: dict[str, Block] = field(default_factory=dict)
+    parameters: dict[str, Group] = field(default_factory=dict)
+    dead: dict[str, float] = field(default_factory=dict)  # share of units that no gradient reaches, by layer
+    grad_norm: float | None = None  # of all parameters together
+    written: dict[str, Any] = field(
+        default_factory=dict, repr=False
+    )  # what a snapshot shows of it, once it has been asked for
+
+    @property
+    def size(self) -> int:
+        return 8 + sum(flow.size for flow in self.layers.values())
+
+
+class History:
+    """At most `keep` records and `values` numbers: when there are more, the older half is thinned out, every other record at
+    first, so that what is old is coarse, what is new is complete, and the first record stays.
+
+    >>> history = History(keep=8)
+    >>> for k in range(40):
+    ...     history.append(Record(step=k + 1, index=k, layers={}))
+    >>> [record.index for record in history]
+    [0, 16, 24, 32, 36, 37, 38, 39]
+    """
+
+    def __init__(self, keep: int = 512, values: int = 1_000_000) -> None:
+        self.keep, self.values, self.size = keep, values, 0
+        self.records: list[Record] = []
+
+    def append(self, record: Record) -> None:
+        self.records.append(record)
+        self.size += record.size
+        while len(self.records) > self.keep or (self.size > self.values and len(self.records) > 2):
+            self._thin()
+
+    def _thin(self) -> None:
+        half = max(2, len(self.records) // 2)
+        old, new = self.records[:half], self.records[half:]
+        coarse = [_stride(record.index) for record in old]
+        least = min(coarse[1:])
+        kept = [record for k, (record, c) in enumerate(zip(old, coarse)) if not k or c > least]
+        self.records = kept + new
+        self.size = sum(record.size for record in self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def _stride(index: int) -> int:
+    """The largest power of two that divides it."""
+    return index & -index if index else 1 << 62
+
+
+def numbers(values: Iterable[float] | Array, digits: int) -> list[float | None]:
+    """For JSON: rounded, and None for what is no finite number."""
+    array = np.asarray(values, np.float64)
+    rounded = array.round(digits)
+    finite = np.isfinite(array)
+    found: list[float | None] = rounded.tolist()
+    return found if finite.all() else [v if ok else None for v, ok in zip(found, finite.tolist())]

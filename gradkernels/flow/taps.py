@@ -1,0 +1,377 @@
+"""Where a monitor measures: leaves whose gradient is a sum of squares, put into layers and blocks by forward hooks alone.
+
+To autograd such a leaf is one more input. Squares add up, so what autograd does with gradients anyway, over micro-batches,
+several calls of a module or recomputation, is right for them too; in float64 they reach as far down as the norms of float32.
+No hook runs in backward.
+
+Dims: T time steps, S states of a cell, E its activations.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.nn.utils.rnn import PackedSequence
+
+from gradkernels import cells
+from gradkernels.flow.history import Layer
+from gradkernels.nn.recurrent import RNNBase
+from gradkernels.ops._recurrent_taps import activations, fit, squares, widths
+
+OFF, NORMS, DETAILS = 0, 1, 2  # what a step measures: nothing, norms, norms and saturation
+LENGTH = 512  # of a leaf before a sequence has been seen
+
+# ---------------------------------------------------------------- what autograd sees
+
+
+class Tap(Function):
+    """x, unchanged; the gradient of `probe` [steps, 2] is the squared norm of dL/dx_t, and 1 for every step that there is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor, time: int, batch_sizes: Tensor | None) -> Tensor:
+        ctx.time, ctx.shape = time, probe.shape
+        ctx.save_for_backward(batch_sizes)
+        return (
+            x.detach()
+        )  # no view in autograd's eyes, which a Function must not hand out to somebody who writes in place
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (batch_sizes,) = ctx.saved_tensors
+        found = squares(g.detach(), batch_sizes, ctx.time)
+        return g, fit(torch.stack([found, torch.ones_like(found)], 1), ctx.shape), None, None
+
+
+class Receive(Function):
+    """x, unchanged, and a zero that `Send` hands a gradient back through: the entrance of a block.
+
+    The gradient of `probe` [4] is |g|^2 of the entrance, nothing for the exit, then of the two paths that g is the sum of:
+    the residual one and the sublayer's. What `Send` handed back is the one of them that `residual` says.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor, residual: bool) -> tuple[Tensor, Tensor]:
+        ctx.residual = residual
+        ctx.set_materialize_grads(False)
+        return x.detach(), x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, path: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None
+        zero = g.new_zeros((), dtype=torch.double)
+        one = other = zero
+        if path is not None:
+            one, other = square(path), square(g.detach() - path.detach())
+        paths = [one, other] if ctx.residual else [other, one]
+        return g, torch.stack([square(g), zero, *paths]), None
+
+
+class Send(Function):
+    """x, unchanged; its gradient is also that of `path`, the zero of `Receive`, and its square the exit's in `probe` [4]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: Tensor | None, probe: Tensor | None) -> Tensor:
+        ctx.path = None if path is None else (path.dtype, path.shape)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        found = None
+        if ctx.needs_input_grad[2]:
+            found = F.pad(square(g).view(1), (1, 2))
+        return g, None if ctx.path is None else g.to(ctx.path[0]).reshape(ctx.path[1]), found
+
+
+def square(g: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(g.detach(), dtype=torch.double).square()
+
+
+def listening() -> bool:
+    """Autograd, and nothing else, records what runs now."""
+    return (
+        torch.is_grad_enabled()
+        and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+# ---------------------------------------------------------------- hooks
+
+
+class Hook:
+    """A forward hook that stays with the module it was put on: copies and pickles of the module get one that does nothing."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _inert() -> Callable[..., None]:
+    return _nothing
+
+
+def first_argument(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], tuple[tuple, dict[str, Any]]]]:
+    """A call's first argument, and the call with another one in its place, wherever it stands."""
+    if args:
+        first = args[0]
+        # self-attention is called with one tensor three times, and looks whether it is one
+        return first, lambda new: (tuple(new if v is first else v for v in args), kwargs)
+    name = next(iter(kwargs))
+    first = kwargs[name]
+    return first, lambda new: (args, {k: new if v is first else v for k, v in kwargs.items()})
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+class Point:
+    """Something in a model with leaves of its own: `arm` says what the next step measures, `take` what this one has measured."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, weakref.ref(module)
+        self.handles: list[Any] = []
+        self.level = OFF
+
+    def arm(self, level: int) -> None:
+        self.level = level
+
+    def close(self) -> None:
+        self.arm(OFF)
+        for handle in self.handles:
+            handle.remove()
+
+
+class Sequence(Point):
+    """A point with a leaf [steps, columns] for each of its layers, as long as the longest sequence so far."""
+
+    layers: list[Layer]
+    columns: list[tuple[int, ...]]  # of each layer's leaf, without and with details
+
+    def __init__(self, name: str, module: nn.RNNBase) -> None:
+        super().__init__(name, module)
+        self.steps, self.seen = LENGTH, False
+        self.made: dict[int, list[Tensor]] = {}  # leaves by level
+        self.outgrown: list[list[Tensor]] = []
+        self.handles.append(module.register_forward_pre_hook(Hook(self.before), with_kwargs=True))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Those of this step."""
+        return self.made.get(self.level, [])
+
+    def arm(self, level: int) -> None:
+        super().arm(level)
+        module = self.module()
+        if level == OFF or module is None:
+            return
+        device = next(module.parameters()).device
+        if level not in self.made or self.made[level][0].device != device:
+            make = lambda n: torch.zeros(self.steps, n, dtype=torch.double, device=device, requires_grad=True)
+            self.made[level] = [make(columns[level - 1]) for columns in self.columns]
+
+    def before(self, module: nn.RNNBase, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook: leaves as long as this call's sequence."""
+        if self.level == OFF or torch.compiler.is_compiling():
+            return
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, PackedSequence):
+            T = x.batch_sizes.shape[0]
+        elif isinstance(x, Tensor) and x.dim() in (2, 3):
+            T = x.shape[1 if module.batch_first and x.dim() == 3 else 0]
+        else:
+            return  # the layer will say what is wrong
+        if T > self.steps or not self.seen:
+            self.seen = True
+            if T and T != self.steps:
+                self.resize(T)
+
+    def resize(self, steps: int) -> None:
+        """Leaves of another length. The old ones may be in a graph already: they are read once more."""
+        self.outgrown.append(self.leaves)
+        self.steps, self.made = steps, {}
+        self.arm(self.level)
+
+    def take(self) -> Iterator[tuple[int, Tensor]]:
+        """What has been measured since the last time: number of the layer, [steps, columns]. References change hands."""
+        for k, leaf in enumerate(self.leaves):
+            found, leaf.grad = leaf.grad, None
+            for old in self.outgrown:
+                if (earlier := old[k].grad) is not None:
+                    earlier = fit_start(earlier, self.steps)
+                    found = earlier if found is None else found + earlier
+            if found is not None:
+                yield k, found
+        self.outgrown = []
+
+    def peek(self) -> Iterator[tuple[int, Tensor]]:
+        """The same, left where it is."""
+        for k, leaf in enumerate(self.leaves):
+            if leaf.grad is not None:
+                yield k, leaf.grad.clone()
+
+
+def fit_start(size: Tensor, steps: int) -> Tensor:
+    return F.pad(size, (0, 0, 0, steps - len(size))) if len(size) < steps else size[:steps]
+
+
+class Recurrent(Sequence):
+    """A layer of ours: its kernels measure, in every layer and direction."""
+
+    def __init__(self, name: str, module: RNNBase) -> None:
+        super().__init__(name, module)
+        cell = cells.get(module.unlisted or module.cell)
+        found = tuple((n, function) for n, function, *_ in activations(cell))
+        states = ("h", "c", *(f"s{k}" for k in range(2, cell.S)))[: cell.S]
+        directions = 1 + module.bidirectional
+        names = [f"{name}.{weights[0].removeprefix('weight_ih_')}" for weights in module._all_weights]
+        self.layers = [
+            Layer(n, name, "recurrent", cell.name, k // directions, k % directions == 1, states, found)
+            for k, n in enumerate(names)
+        ]
+        self.columns = [widths(cell)[1:]] * len(names)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        module = self.module()  # which makes new ones when it moves to another device
+        return (module is not None and module.probes) or []
+
+    def arm(self, level: int) -> None:
+        super().arm(level)
+        module = self.module()
+        if module is not None:
+            module.probes = self.made[level] if level else None
+
+
+class Input(Sequence):
+    """A recurrent layer of torch, whose kernels tell nothing of the states: the gradient of its input, step by step."""
+
+    def __init__(self, name: str, module: nn.RNNBase) -> None:
+        super().__init__(name, module)
+        cell = module.mode.lower()
+        self.layers = [Layer(name, name, "input", cell, 0, False, ())]
+        self.columns = [(2, 2)]
+
+    def before(self, module: nn.RNNBase, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.level == OFF or not listening() or not (args or kwargs):
+            return None
+        super().before(module, args, kwargs)
+        x, call = first_argument(args, kwargs)
+        packed = isinstance(x, PackedSequence)
+        data = x.data if packed else x
+        if not isinstance(data, Tensor) or not (packed or data.dim() in (2, 3)) or not data.is_floating_point():
+            return None  # the layer will say what is wrong
+        if data.device != self.leaves[0].device:
+            self.resize(self.steps)
+        if packed:
+            return call(x._replace(data=Tap.apply(data, self.leaves[0], 0, x.batch_sizes)))
+        return call(Tap.apply(data, self.leaves[0], 1 if module.batch_first and data.dim() == 3 else 0, None))
+
+
+class Residual(Point):
+    """A block x -> norm?(x + sublayer(x)): what enters, what leaves, and by which path.
+
+    Before the first norm ("pre") the residual path is the identity: what it hands back is the gradient of the exit. After it
+    ("post") the gradient of the sum is not to be seen, but that of the sublayer's input is, and the rest came past it.
+    """
+
+    def __init__(self, name: str, module: nn.Module, kind: str, pre: bool, sublayer: nn.Module) -> None:
+        super().__init__(name, module)
+        self.kind, self.pre = kind, pre
+        self.leaf: Tensor | None = None
+        self.path: list[Tensor] = []  # of the calls that are under way
+        self.handles.append(module.register_forward_pre_hook(Hook(self.enter), with_kwargs=True))
+        self.handles.append(module.register_forward_hook(Hook(self.leave)))
+        if not pre:
+            self.handles.append(sublayer.register_forward_pre_hook(Hook(self.branch), with_kwargs=True))
+
+    def arm(self, level: int) -> None:
+        super().arm(level)
+        self.path = []
+        module = self.module()
+        if level == OFF or module is None:
+            self.leaf = None
+            return
+        device = next(module.parameters()).device
+        if self.leaf is None or self.leaf.device != device:
+            self.leaf = torch.zeros(4, dtype=torch.double, device=device, requires_grad=True)
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.leaf is None or not listening() or not (args or kwargs):
+            return None
+        x, call = first_argument(args, kwargs)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        if self.leaf.device != x.device:
+            self.arm(self.level)
+        x, path = Receive.apply(x, self.leaf, self.pre)
+        self.path.append(path)
+        return call(x)
+
+    def branch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.path or not listening() or not (args or kwargs):
+            return None
+        x, call = first_argument(args, kwargs)
+        if not isinstance(x, Tensor) or x.numel() != self.path[-1].numel():
+            return None
+        return call(Send.apply(x, self.path[-1], None))
+
+    def leave(self, module: nn.Module, args: tuple, y: Any) -> Any:
+        if not self.path:
+            return None
+        path = self.path.pop()
+        if self.leaf is None or not isinstance(y, Tensor):
+            return None
+        return Send.apply(y, path if self.pre and path.numel() == y.numel() else None, self.leaf)
+
+    def take(self) -> Iterator[tuple[int, Tensor]]:
+        if self.leaf is not None and self.leaf.grad is not None:
+            found, self.leaf.grad = self.leaf.grad, None
+            yield 0, found
+
+    def peek(self) -> Iterator[tuple[int, Tensor]]:
+        if self.leaf is not None and self.leaf.grad is not None:
+            yield 0, self.leaf.grad.clone()
+
+
+def points(model: nn.Module) -> list[Sequence | Residual]:
+    """Everything in a model that can be watched, in the order of its modules."""
+    from gradkernels import nn as ours
+
+    transformers: list[type] = [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer]
+    transformers += [t for n in ("TransformerEncoderLayer", "TransformerDecoderLayer") if (t := getattr(ours, n, None))]
+    attention = getattr(ours, "AttentionBlock", ())  # a ResidualBlock, too
+    found: list[Sequence | Residual] = []
+    for name, module in model.named_modules():
+        name = readable(name) or type(module).__name__
+        if isinstance(module, RNNBase):
+            found.append(Recurrent(name, module))
+        elif isinstance(module, nn.RNNBase):
+            found.append(Input(name, module))
+        elif isinstance(module, ours.ResidualBlock):
+            kind = "attention" if isinstance(module, attention) else "residual"
+            found.append(Residual(name, module, kind, module.norm == "pre", module.sublayer))
+        elif isinstance(module, tuple(transformers)):
+            found.append(Residual(name, module, "transformer", bool(module.norm_first), module.self_attn))
+    return found
+
+
+def readable(name: str) -> str:
+    """The name of a module without what wrappers put in front of it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod", "_fsdp_wrapped_module"))
