@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gradkernels.cells import CELLS, Cell
+from gradkernels.cells import Cell
 
 if TYPE_CHECKING:
     import torch
@@ -44,30 +44,25 @@ def backends() -> dict[str, str | None]:
     return {name: load(name).why_not() for name in NAMES}
 
 
-def choose(backend: str | None, cell: Cell, dtype: torch.dtype, device: torch.device) -> ModuleType:
-    """The module that runs this call: the one named, or the best that can.
+def choose(backend: str | None, cell: Cell, dtype: torch.dtype, device: torch.device, clip: bool = False) -> ModuleType:
+    """The module that runs this call: the one named, or the best that can; `clip`: its backward has to.
 
     ValueError for an unknown name; RuntimeError, with the reason, when the backend that was named cannot run this call."""
-    key = (backend, id(cell), dtype, device)
+    key = (backend, id(cell), dtype, device, clip)
     known = _chosen.get(key)
     if known is not None:
         return known[0]
     for name in (backend,) if backend else (*_PREFERRED.get(device.type, _ELSEWHERE), "reference"):
-        reason = _why_not(name, cell, dtype, device)
+        module = load(name)
+        reason = module.why_not(cell, dtype, device)
+        if reason is None and clip and not module.CLIPS:
+            reason = "its backward does not clip"
         if reason is None:
             break
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {cell.name} in {dtype} on {device}: {reason}")
-    found = load(name)
-    _chosen[key] = found, cell  # the cell is kept, so that its id stays its own
-    return found
-
-
-def _why_not(name: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
-    module = load(name)
-    if name == "cpu" and CELLS.get(cell.name) != cell:  # what was compiled beforehand knows cells by name
-        return f"{cell.name!r} is not one of the package's cells, which are {', '.join(CELLS)}"
-    return module.why_not(cell, dtype, device)
+    _chosen[key] = module, cell  # the cell is kept, so that its id stays its own
+    return module
 
 
 def choose_for(

@@ -4,18 +4,21 @@ On a GPU the input projection is one product over all tokens before the walk, an
 after it; only the walk itself is a kernel. A backend hands its two walks to `forward` and `backward` here. They fill tensors
 that are allocated here: contiguous, on one device, in the storage of x unless said otherwise, and never without a token.
 
-    walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, acts)
-        gates [N, G*H]; w_hh [G*H, R]; b_hh [G*H] or None; w_hr [R, H] or None; state: S of [B, R], [B, H] ...
+    walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, acts, extra)
+        gates [N, G*H]; w_hh [G*H, R], [G*H, 0] of a cell without a recurrent product; b_hh [G*H] or None; w_hr [R, H] or None;
+        state: S of [B, R], [B, H] ...; extra: see _extra.py, params and flags in the storage of x, contiguous
         fills seq: S of [N, R], [N, H] ..., None where not wanted; final: S of [B, ..]; raw [N, H] or None; acts [N, A, H] or None
-    walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates, dr, operand, dproj, dstate, norms)
+    walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates, dr, operand, dproj, dstate, norms, dparams, extra)
         grads: S of [N, ..], then S of [B, ..], None is zero; seq, raw, acts, state as forward left them
         fills dgates, dr [N, G*H], one tensor unless a gate is split; operand [N, H] or None; dproj [N, R] or None;
-        dstate: S of [B, ..]; norms float64 [T, S] or None, zero at first: the squares summed over the rows of a step
+        dstate: S of [B, ..]; norms float64 [T, S] or None, zero at first: the squares summed over the rows of a step;
+        dparams [N, P*H] or None: the gradient of params, token by token
 
 `_unroll` defines both. Tokens that no step visits hold zeros already; the final state of a row without a step is its state.
 Nothing here waits for the device, so that all of it can be captured in a graph.
 
-Dims: T steps, B batch, N tokens, I inputs, H hidden units, R width of the first state, G gates, S states, A kept values.
+Dims: T steps, B batch, N tokens, I inputs, H hidden units, R width of the first state, G gates, S states, A kept values,
+P parameters of a unit.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.backends.reference import no_autocast, project, weight_gradients
 from gradkernels.cells import Cell
 
@@ -167,6 +171,7 @@ def forward(
     lengths: Tensor | None,  # [B]
     reverse: bool,
     keep: int,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     """[y, (other state sequences,) *final states, (raw,) (acts)], as the reference's."""
     H, lead = weight_hh.shape[0] // cell.G, x.shape[:-1]
@@ -184,7 +189,7 @@ def forward(
             with products(x):
                 gates = project(x.reshape(N, x.shape[-1]), weight_ih, bias_ih)
             wanted = [*seq, *[None] * (cell.S - len(seq))]
-            walk(cell, gates, weight_hh, bias_hh, weight_hr, state, steps, wanted, final, raw, acts)
+            walk(cell, gates, weight_hh, bias_hh, weight_hr, state, steps, wanted, final, raw, acts, extra)
     out = [*(v.view(*lead, v.shape[1]) for v in seq), *final, raw, acts]
     return [v for v in out if v is not None]
 
@@ -205,8 +210,9 @@ def backward(
     need: Sequence[bool],
     gates: bool,
     norms: bool,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
-    """[each needed gradient of x and the weights, *dstate, (norms)], or with `gates` what those are made of."""
+    """[each needed gradient of x, the weights and params, *dstate, (norms)], or with `gates` what those are made of."""
     S, GH, lead = cell.S, weight_hh.shape[0], x.shape[:-1]
     H, N, B = GH // cell.G, math.prod(lead), state[0].shape[0]
     T = lead[0] if batch_sizes is None else batch_sizes.shape[0]
@@ -215,6 +221,7 @@ def backward(
     dr = new(N, GH) if cell.split else dgates
     operand = new(N, H) if cell.second else None
     dproj = new(N, weight_hr.shape[0]) if weight_hr is not None else None
+    dparams = new(N, cell.P * H) if cell.P and need[6] else None
     size = torch.zeros(T, S, dtype=torch.float64, device=x.device) if norms else None
     seq, raw = [_rows(v) for v in saved[:S]], (None if weight_hr is None else saved[S])
     steps = None
@@ -226,10 +233,11 @@ def backward(
         with _on(x.device):
             steps = Steps.of(x, B, batch_sizes, lengths, reverse)
             walk(
-                cell, by_rows, weight_hh, weight_hr, seq, raw, saved[-1], state, steps, dgates, dr, operand, dproj, dstate, size
+                cell, by_rows, weight_hh, weight_hr, seq, raw, saved[-1], state, steps, dgates, dr, operand, dproj, dstate, size,
+                dparams, extra,
             )  # fmt: skip
     if gates:
-        parts = [dgates, dr if cell.split else None, operand, dproj]
+        parts = [dgates, dr if cell.split else None, operand, dproj, dparams]
         out = [v.view(*lead, v.shape[1]) for v in parts if v is not None]
     else:
         out = []
@@ -240,12 +248,12 @@ def backward(
             # states and inputs of all tokens, zero where no step is: there dgates is zero, but zero times NaN is not
             y, h0, sizes, inputs = seq[0], state[0], None, x
             if steps is not None and steps.dead is not None:
-                y, h0 = (_entering(saved[0], h0, steps.dead, reverse) if need[3] else None), None
+                y, h0 = (_entering(saved[0], h0, steps.dead, reverse) if need[3] and cell.recurrent else None), None
                 inputs = x.masked_fill(steps.dead, 0) if need[1] else x
             elif batch_sizes is not None:
                 sizes = batch_sizes if steps is None else steps.rows
             out += weight_gradients(
-                cell, dgates, dr, operand, dproj, _rows(inputs), y, raw, h0, sizes, reverse, need
+                cell, dgates, dr, operand, dproj, dparams, _rows(inputs), y, raw, h0, sizes, reverse, need
             )  # fmt: skip
         out = [v.to(x.dtype) for v in out]
     out += dstate

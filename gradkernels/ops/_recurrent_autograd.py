@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from gradkernels.backends import reference
+from gradkernels.backends._extra import Extra
 from gradkernels.ops import _recurrent_op as op
 from gradkernels.ops._recurrent_taps import fit, measured
 
@@ -43,37 +44,39 @@ def each(N, dims, args, call):
 
 def mapped_forward(N, dims, args, call, sequences):
     """vmap of `Recurrent`: arguments as its forward takes them -> outputs, the first of them sequences, and where their mapped
-    dimension is."""
-    if any(d is not None for d in (*dims[3:5], *dims[6:12])):
+    dimension is. Masks know their tokens: with a seed or flags the rows are not joined."""
+    if any(v is not None for v in args[6:8]) or any(d is not None for d in (*dims[4:8], *dims[9:16])):
         return each(N, dims, args, call)
-    x, state = args[5], args[12:]
-    row = x.dim() - 2 - (dims[5] is not None)  # the dimension of x that counts rows of a step
-    steps = fold_steps(*args[3:5], N)
+    x, state = args[8], args[16:]
+    row = x.dim() - 2 - (dims[8] is not None)  # the dimension of x that counts rows of a step
+    steps = fold_steps(*args[4:6], N)
     out = call(
-        *args[:3], *steps, fold(x, dims[5], row, N), *args[6:12], *(fold(v, d, 0, N) for v, d in zip(state, dims[12:]))
-    )
+        *args[:4], *steps, None, None, fold(x, dims[8], row, N), *args[9:16],
+        *(fold(v, d, 0, N) for v, d in zip(state, dims[16:])),
+    )  # fmt: skip
     axes = [row] * sequences + [0] * (len(out) - sequences)
     return tuple(unfold(v, axis, N) for v, axis in zip(out, axes)), tuple(axis + 1 for axis in axes)
 
 
 def mapped_backward(N, dims, args, call):
     """vmap of `RecurrentBackward`: one call for the parts, weight gradients as batched products of them."""
-    cell, reverse, backend, need, gates, norms, batch_sizes, lengths, *tensors = args
-    c, at = op.cell_of(cell), dims[8:]
+    cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, *tensors = args
+    c, at = op.cell_of(cell), dims[11:]
     S = c.S
-    if norms or any(d is not None for d in (*dims[6:8], *at[1:6])):
+    drawn = seed is not None or flags is not None
+    if norms or drawn or any(d is not None for d in (*dims[7:11], *at[1:7])):
         return each(N, dims, args, call)
-    n = len(tensors) - 6 - 3 * S  # saved tensors
+    n = len(tensors) - 7 - 3 * S  # saved tensors
     row = tensors[0].dim() - 2 - (at[0] is not None)
-    axes = [row, *[None] * 5, *[0] * S, *[row] * S, *[0] * (n - S), *[row] * S, *[0] * S]
+    axes = [row, *[None] * 6, *[0] * S, *[row] * S, *[0] * (n - S), *[row] * S, *[0] * S]
     folded = [v if axis is None or v is None else fold(v, d, axis, N) for v, d, axis in zip(tensors, at, axes)]
     many, long = fold_steps(batch_sizes, lengths, N)
-    out = call(cell, reverse, backend, need, True, norms, many, long, *folded)
+    out = call(cell, reverse, backend, how, need, True, norms, many, long, None, None, *folded)
     parts, dstate = out[: len(out) - S], out[len(out) - S :]
     ends = [unfold(v, 0, N) for v in dstate], [1] * S
     if gates:
         return (*(unfold(v, row, N) for v in parts), *ends[0]), (*[row + 1] * len(parts), *ends[1])
-    x, w_ih, state = folded[0], tensors[1], folded[6 : 6 + S]
+    x, w_ih, state = folded[0], tensors[1], folded[7 : 7 + S]
     got, where = [], []
     if need[0]:
         got.append(unfold(parts[0] if w_ih is None else parts[0] @ w_ih, row, N))
@@ -88,12 +91,13 @@ def mapped_backward(N, dims, args, call):
         dproj, raw = (
             (None, None)
             if tensors[5] is None
-            else (rows(next(left)), layout.kept(reference.precise(folded[6 + 2 * S])))
+            else (rows(next(left)), layout.kept(reference.precise(folded[7 + 2 * S])))
         )
-        y, h0 = rows(folded[6 + S]), layout.batch(reference.precise(state[0]))
+        dparams = rows(next(left)) if need[6] else None
+        y, h0 = rows(folded[7 + S]), layout.batch(reference.precise(state[0]))
         with reference.no_autocast(x.device):
             products = reference.weight_gradients(
-                c, dgates, dr, operand, dproj, rows(x), y, raw, h0, layout.batch_sizes, reverse, need, mapped=N
+                c, dgates, dr, operand, dproj, dparams, rows(x), y, raw, h0, layout.batch_sizes, reverse, need, mapped=N
             )
         got += [v.to(x.dtype) for v in products]
         where += [0] * len(products)
@@ -104,41 +108,43 @@ def mapped_backward(N, dims, args, call):
 
 
 class Recurrent(Function):
-    """(state sequences, final states, (raw,) acts) of (x, weights, state).
+    """(state sequences, final states, (raw,) acts) of (x, weights, params, state); how: noise, skip, clip, first of an Extra.
 
     The input projection is inside: double backward then needs x, not the gates, which are G planes more to keep."""
 
     @staticmethod
-    def forward(cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, probe, *state):
-        return tuple(
-            op.forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), batch_sizes, lengths, reverse, 2, backend)
-        )
+    def forward(
+        cell, reverse, backend, how, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, probe, *state
+    ):  # fmt: skip
+        call = list(state), batch_sizes, lengths, reverse, 2, backend, bundle(params, seed, flags, how)
+        return tuple(op.forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, *call))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, probe, *state = inputs
+        cell, reverse, backend, how, batch_sizes, lengths, seed, flags, *tensors = inputs
+        weights, probe, state = tensors[:7], tensors[7], tensors[8:]
         S = len(state)
-        ctx.spec = cell, reverse, backend, S, None if probe is None else probe.shape
+        ctx.spec = cell, reverse, backend, how, S, None if probe is None else probe.shape
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2 * S :])
-        keep = batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *output[:S], *output[2 * S :]
+        keep = batch_sizes, lengths, seed, flags, *weights, *state, *output[:S], *output[2 * S :]
         ctx.save_for_backward(*keep)
         ctx.save_for_forward(*keep)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, reverse, backend, S, probe = ctx.spec
-        batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *rest = ctx.saved_tensors
+        cell, reverse, backend, how, S, probe = ctx.spec
+        batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *rest = ctx.saved_tensors
         state, saved, grads = rest[:S], rest[S:], list(grads[: 2 * S])
-        need = list(ctx.needs_input_grad[5:11])
-        norms = probe is not None and ctx.needs_input_grad[11]
+        need = list(ctx.needs_input_grad[8:15])
+        norms = probe is not None and ctx.needs_input_grad[15]
         if torch.compiler.is_compiling() or not differentiated():  # a compiled graph has no second derivative
-            how = reverse, need, False, norms, backend
-            out = op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)
+            call = reverse, need, False, norms, backend, bundle(params, seed, flags, how)
+            out = op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *call)
         else:
-            tensors = x, w_ih, b_ih, w_hh, b_hh, w_hr, *state, *saved, *grads
+            tensors = x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *state, *saved, *grads
             out = apply(RecurrentBackward)(
-                cell, reverse, backend, tuple(need), False, norms, batch_sizes, lengths, *tensors
+                cell, reverse, backend, how, tuple(need), False, norms, batch_sizes, lengths, seed, flags, *tensors
             )
         k, got = 0, []
         for wanted in need:
@@ -148,21 +154,20 @@ class Recurrent(Function):
         if norms:
             size = measured(op.cell_of(cell), probe[1], out[k + S], got[0], saved, batch_sizes, lengths)
             size = fit(size, probe)
-        return None, None, None, None, None, *got, size, *out[k : k + S]
+        return *[None] * 8, *got, size, *out[k : k + S]
 
     @staticmethod
     def vmap(info, dims, *args):
-        return mapped_forward(info.batch_size, dims, args, apply(Recurrent), len(args) - 12)
+        return mapped_forward(info.batch_size, dims, args, apply(Recurrent), len(args) - 16)
 
     @staticmethod
     def push(spec, saved, tangents):
-        cell, reverse, _, S, _ = spec
-        batch_sizes, lengths, *tensors = saved
-        moving, dstate = tangents[5:11], tangents[12:]
-        seq, final = reference.tangent(
-            op.cell_of(cell), tensors[:6], moving, tensors[6 : 6 + S], dstate, batch_sizes, lengths, reverse
-        )
-        return (*seq, *final, *[None] * (len(tensors) - 6 - 2 * S))
+        cell, reverse, _, how, S, _ = spec
+        batch_sizes, lengths, seed, flags, *tensors = saved
+        moving, dstate = tangents[8:15], tangents[16:]
+        call = batch_sizes, lengths, reverse, bundle(tensors[6], seed, flags, how)
+        seq, final = reference.tangent(op.cell_of(cell), tensors[:7], moving, tensors[7 : 7 + S], dstate, *call)
+        return (*seq, *final, *[None] * (len(tensors) - 7 - 2 * S))
 
 
 class RecurrentBackward(Function):
@@ -170,17 +175,17 @@ class RecurrentBackward(Function):
 
     @staticmethod
     def forward(
-        cell, reverse, backend, need, gates, norms, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, *rest
-    ):
+        cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *rest
+    ):  # fmt: skip
         S = op.cell_of(cell).S
         state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
-        how = reverse, list(need), gates, norms, backend
-        return tuple(op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how))
+        call = reverse, list(need), gates, norms, backend, bundle(params, seed, flags, how)
+        return tuple(op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *call))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, reverse, _, need, gates, norms, *tensors = inputs
-        ctx.spec = cell, reverse, need, gates, norms
+        cell, reverse, _, how, need, gates, norms, *tensors = inputs
+        ctx.spec = cell, reverse, how, need, gates, norms
         if norms:
             ctx.mark_non_differentiable(output[-1])
         ctx.save_for_backward(*tensors)
@@ -190,22 +195,19 @@ class RecurrentBackward(Function):
     def reference(spec, saved):
         """The same as a function of the tensors that it depends on, and where those are among the inputs. What forward had
         kept is not among them: it is computed again, so that its dependence on the inputs is seen."""
-        (cell, reverse, need, gates, _), (batch_sizes, lengths, *tensors) = spec, saved
+        (cell, reverse, how, need, gates, _), (batch_sizes, lengths, seed, flags, *tensors) = spec, saved
         c = op.cell_of(cell)
         first = len(tensors) - 2 * c.S  # of the gradients
-        places = [k for k, v in enumerate(tensors) if v is not None and not 6 + c.S <= k < first]
+        places = [k for k, v in enumerate(tensors) if v is not None and not 7 + c.S <= k < first]
 
         def run(*values):
             full = dict(zip(places, values))
-            x, w_ih, b_ih, w_hh, b_hh, w_hr, *state = (full.get(k) for k in range(6 + c.S))
+            x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *state = (full.get(k) for k in range(7 + c.S))
             grads = [full.get(k) for k in range(first, len(tensors))]
-            out = reference.forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, 2)
+            steps, extra = (state, batch_sizes, lengths, reverse), bundle(params, seed, flags, how)
+            out = reference.forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, *steps, 2, extra)
             kept = out[: c.S] + out[2 * c.S :]
-            return tuple(
-                reference.backward(
-                    c, grads, x, w_ih, w_hh, w_hr, kept, state, batch_sizes, lengths, reverse, need, gates, False
-                )
-            )
+            return tuple(reference.backward(c, grads, x, w_ih, w_hh, w_hr, kept, *steps, need, gates, False, extra))
 
         return run, places, tensors
 
@@ -215,13 +217,13 @@ class RecurrentBackward(Function):
         _, pull = torch.func.vjp(run, *[tensors[k] for k in places])
         norms = ctx.spec[-1]
         got = dict(zip(places, pull(tuple(cotangents[: len(cotangents) - norms]))))
-        return (*[None] * 8, *(got.get(k) for k in range(len(tensors))))
+        return (*[None] * 11, *(got.get(k) for k in range(len(tensors))))
 
     @staticmethod
     def push(spec, saved, tangents):
         run, places, tensors = RecurrentBackward.reference(spec, saved)
         values = [tensors[k] for k in places]
-        moving = [torch.zeros_like(v) if tangents[8 + k] is None else tangents[8 + k] for k, v in zip(places, values)]
+        moving = [torch.zeros_like(v) if tangents[11 + k] is None else tangents[11 + k] for k, v in zip(places, values)]
         out, pull = torch.func.vjp(run, *values)  # reverse twice: a dual_level does not nest
         _, push = torch.func.vjp(lambda *u: pull(u), *[torch.zeros_like(v) for v in out])
         return (*push(tuple(moving)), *[None] * spec[-1])
@@ -229,6 +231,12 @@ class RecurrentBackward(Function):
     @staticmethod
     def vmap(info, dims, *args):
         return mapped_backward(info.batch_size, dims, args, apply(RecurrentBackward))
+
+
+def bundle(params, seed, flags, how):
+    """The Extra of a call: its tensors, and (noise, skip, clip, first)."""
+    noise, skip, clip, first = how
+    return Extra(params, seed, noise, flags, skip, clip, first)
 
 
 def eager(base):

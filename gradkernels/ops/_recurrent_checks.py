@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from gradkernels.backends._extra import FIXED, GIVEN, PLAIN, Extra
+
 if TYPE_CHECKING:
     from gradkernels.cells import Cell
 
@@ -44,12 +46,18 @@ def check_forward(
     shape, w = x.shape, weight_hh.shape
     if len(w) != 2:
         _wrong("weight_hh", weight_hh, (f"{cell.G} * H", "H"))
-    if w[0] == 0 or w[1] == 0:
+    if w[0] == 0 or (w[1] == 0 and cell.recurrent):
         raise ValueError(f"hidden_size must be greater than zero, got weight_hh {list(w)}")
     G, wide = cell.G, w[0]
     if wide % G:
         _wrong("weight_hh", weight_hh, (f"{G} * H", "H"), f" for {cell.name}")
     H, R = wide // G, w[1]
+    if not cell.recurrent:
+        if R:
+            _wrong("weight_hh", weight_hh, (wide, 0), f" for {cell.name}, which has no recurrent product")
+        if bias_hh is not None:
+            raise ValueError(f"bias_hh is a part of the recurrent product, which {cell.name} has not")
+        R = H
     if batch_sizes is None:
         if len(shape) != 3:
             raise RuntimeError(f"x must have 3 dimensions [T, B, I], got {len(shape)}: {list(shape)}")
@@ -121,6 +129,44 @@ def check_forward(
     check_together(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *(state or ()))
 
 
+def check_extra(cell: Cell, x: Tensor, weight_hh: Tensor, extra: Extra) -> None:
+    """Parameters, masks, delay and clipping of a call, after `check_forward`."""
+    params, seed, noise, flags, skip, clip, first = extra
+    P, M, H, shape = cell.P, cell.M, weight_hh.shape[0] // cell.G, x.shape
+    if (params is not None) != (P > 0):
+        got = "none" if params is None else list(params.shape)
+        raise ValueError(f"cell {cell.name} takes {P} parameters per unit, params [{P}, {H}]; got {got}")
+    if params is not None:
+        if params.shape != (P, H):
+            _wrong("params", params, (P, H), f" for {cell.name} beside weight_hh {list(weight_hh.shape)}")
+        if params.dtype is not x.dtype or params.device != x.device:
+            _mixed("params", params, x)
+    if len(noise) != 3 * M:
+        raise ValueError(f"cell {cell.name} has {M} masks, and noise three numbers for each; got {len(noise)}")
+    kinds = noise[2::3]
+    for k, (p, kind) in enumerate(zip(noise[::3], kinds)):
+        if not 0 <= p <= 1:
+            raise ValueError(f"mask {k} of {cell.name}: its probability must be between 0 and 1, got {p}")
+        if kind not in (0, FIXED, GIVEN):
+            raise ValueError(f"mask {k} of {cell.name}: its kind must be 0, 1 or 2, got {kind}")
+    if seed is not None and (seed.shape != (1,) or seed.dtype is not torch.int64 or seed.device != x.device):
+        raise ValueError(f"seed must be int64 [1] on {x.device}, got {seed.dtype} {list(seed.shape)} on {seed.device}")
+    if (flags is not None) != (GIVEN in kinds):
+        raise ValueError(f"flags are for masks of kind 2, and {cell.name} was given kinds {list(kinds)}")
+    if flags is not None:
+        N = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+        if flags.dim() != 1 or flags.shape[0] != N:
+            _wrong("flags", flags, (N,), f", one for each token of x {list(shape)}")
+        if flags.dtype is not x.dtype or flags.device != x.device:
+            _mixed("flags", flags, x)
+    if skip < 0 or (skip > 0) != (cell.D > 0):
+        raise ValueError(f"skip must be {'at least 1' if cell.D else '0'} for {cell.name}, got {skip}")
+    if not clip >= 0:
+        raise ValueError(f"clip must not be negative, got {clip}")
+    if first < 0:
+        raise ValueError(f"first must not be negative, got {first}")
+
+
 def check_together(x: Tensor, *others: Tensor | None) -> None:
     """One dtype and one device: x, the five weights, the states."""
     dtype, device = x.dtype, x.device
@@ -149,10 +195,12 @@ def check_backward(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     need: Sequence[bool],
+    extra: Extra = PLAIN,
 ) -> None:
     """Shapes, dtypes and devices of a backward call: what `saved` and `grads` hold comes back through autograd, whose
     saved-tensor hooks belong to the user."""
     check_forward(cell, x, weight_ih, None, weight_hh, None, weight_hr, state, batch_sizes, lengths)
+    check_extra(cell, x, weight_hh, extra)
     S, H, lead = cell.S, weight_hh.shape[0] // cell.G, x.shape[:-1]
     N = lead[0] if batch_sizes is not None else lead[0] * lead[1]
     want = [(*lead, v.shape[1]) for v in state]
@@ -173,9 +221,9 @@ def check_backward(
             _wrong(f"grads[{k}]", g, want[k] if k < S else state[k - S].shape)
         if g.dtype is not x.dtype or g.device != x.device:
             _mixed(f"grads[{k}]", g, x)
-    if len(need) != 6:
-        raise ValueError(f"need must be six flags, got {len(need)}")
-    if (need[1] and weight_ih is None) or (need[5] and weight_hr is None):
+    if len(need) != 7:
+        raise ValueError(f"need must be seven flags, of which the last may be left out, got {len(need)}")
+    if (need[1] and weight_ih is None) or (need[5] and weight_hr is None) or (need[6] and not cell.P):
         raise ValueError("need asks for the gradient of a tensor that is not there")
 
 

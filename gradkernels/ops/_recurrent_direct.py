@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradkernels.backends import reference
 from gradkernels.ops import _recurrent_op as op
-from gradkernels.ops._recurrent_autograd import RecurrentBackward, apply, mapped_backward, mapped_forward
+from gradkernels.ops._recurrent_autograd import RecurrentBackward, apply, bundle, mapped_backward, mapped_forward
 
 # ---------------------------------------------------------------- derivatives
 
@@ -74,30 +74,37 @@ def through_reference(run, flat, spec, grads, needs):
 
 
 def forward_derivative(flat, spec, out, grads, needs):
-    cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend = tree_unflatten(
+    cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, *more = tree_unflatten(
         flat, spec
     )
+    extra = op.extra_of(more)
     S, weights = len(state), (x, w_ih, b_ih, w_hh, b_hh, w_hr)
     if keep == 2 and any(g is not None for g in grads[2 * S :]):  # nobody but a test differentiates what is kept
-        run = lambda cell, *args: reference.forward(op.cell_of(cell), *args[:-1])
+        run = lambda cell, *args: reference.forward(op.cell_of(cell), *args[:11], op.extra_of(args[12:]))
         return through_reference(run, flat, spec, grads, needs)
     if keep != 2:  # what backward needs was not kept: run again
-        out = op.forward(cell, *weights, state, batch_sizes, lengths, reverse, 2, backend)
+        out = op.forward(cell, *weights, state, batch_sizes, lengths, reverse, 2, backend, extra)
     kept = *out[:S], *out[2 * S :]
     seq = (*grads[: S if keep else 1], *[None] * (0 if keep else S - 1))
     final = grads[S : 2 * S] if keep else grads[1 : 1 + S]
-    need = tuple(needs[1:7])
-    tensors = *weights, *state, *kept, *seq, *final
-    got = apply(RecurrentBackward)(cell, reverse, backend, need, False, False, batch_sizes, lengths, *tensors)
+    place = 12 + S  # of params among flat, if anything but defaults follows the backend
+    need = *needs[1:7], *(needs[place : place + 1] or [False])
+    how = extra.noise, extra.skip, extra.clip, extra.first
+    tensors = *weights, extra.params, *state, *kept, *seq, *final
+    got = apply(RecurrentBackward)(
+        cell, reverse, backend, how, need, False, False, batch_sizes, lengths, extra.seed, extra.flags, *tensors
+    )
     parts = iter(got)
-    return None, *(next(parts) if wanted else None for wanted in need), *parts, *[None] * 5
+    *got, params = (next(parts) if wanted else None for wanted in need)
+    return None, *got, *parts, *[None] * 5, *[params, *[None] * (len(flat) - place - 1)][: len(flat) - place]
 
 
 def backward_derivative(flat, spec, out, grads, needs):
     """`saved` counts as independent of the weights here: the forward operator answers for that dependence."""
 
     def run(cell, *args):
-        return reference.backward(op.cell_of(cell), *args[:-1])
+        need = [*args[10], False][:7]
+        return reference.backward(op.cell_of(cell), *args[:10], need, *args[11:13], op.extra_of(args[14:]))
 
     return through_reference(run, flat, spec, grads, needs)
 
@@ -122,14 +129,51 @@ op.lib.impl("recurrent_backward", differentiable(op.backward_op, backward_deriva
 
 
 def vmap_forward(
-    info, dims, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend
+    info, dims, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, *more
 ):
-    def call(cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, _, *state):
-        steps = batch_sizes, lengths, reverse, keep, backend
+    def call(
+        cell,
+        reverse,
+        backend,
+        how,
+        batch_sizes,
+        lengths,
+        seed,
+        flags,
+        x,
+        w_ih,
+        b_ih,
+        w_hh,
+        b_hh,
+        w_hr,
+        params,
+        _,
+        *state,
+    ):
+        steps = batch_sizes, lengths, reverse, keep, backend, *bundle(params, seed, flags, how)
         return op.forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), *steps)
 
-    args = cell, reverse, backend, batch_sizes, lengths, x, w_ih, b_ih, w_hh, b_hh, w_hr, None, *state
-    at = *[None] * 3, *dims[8:10], *dims[1:7], None, *each_dim(dims[7], state)
+    how, (params, seed, flags), (at_params, at_seed, at_flags) = mapped_extra(more, dims[13:])
+    args = (
+        cell,
+        reverse,
+        backend,
+        how,
+        batch_sizes,
+        lengths,
+        seed,
+        flags,
+        x,
+        w_ih,
+        b_ih,
+        w_hh,
+        b_hh,
+        w_hr,
+        params,
+        None,
+        *state,
+    )
+    at = *[None] * 4, *dims[8:10], at_seed, at_flags, *dims[1:7], at_params, None, *each_dim(dims[7], state)
     out, where = mapped_forward(info.batch_size, at, args, call, len(state) if keep else 1)
     return list(out), list(where)
 
@@ -152,20 +196,34 @@ def vmap_backward(
     gates,
     norms,
     backend,
+    *more,
 ):
     S = len(state)
 
-    def call(cell, reverse, backend, need, gates, norms, batch_sizes, lengths, x, w_ih, _, w_hh, __, w_hr, *rest):
+    def call(
+        cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, _, w_hh, __, w_hr, params, *rest
+    ):  # fmt: skip
         state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
-        how = batch_sizes, lengths, reverse, list(need), gates, norms, backend
-        return op.backward_op(cell, grads, x, w_ih, w_hh, w_hr, saved, state, *how)
+        steps = batch_sizes, lengths, reverse, list(need), gates, norms, backend, *bundle(params, seed, flags, how)
+        return op.backward_op(cell, grads, x, w_ih, w_hh, w_hr, saved, state, *steps)
 
-    tensors = x, w_ih, None, w_hh, None, w_hr, *state, *saved, *grads
+    how, (params, seed, flags), (at_params, at_seed, at_flags) = mapped_extra(more, dims[15:])
+    tensors = x, w_ih, None, w_hh, None, w_hr, params, *state, *saved, *grads
     lists = [d for at, values in ((dims[7], state), (dims[6], saved), (dims[1], grads)) for d in each_dim(at, values)]
-    at = *[None] * 6, *dims[8:10], dims[2], dims[3], None, dims[4], None, dims[5], *lists
-    args = cell, reverse, backend, need, gates, norms, batch_sizes, lengths, *tensors
+    at = *[None] * 7, *dims[8:10], at_seed, at_flags, dims[2], dims[3], None, dims[4], None, dims[5], at_params, *lists
+    args = cell, reverse, backend, how, [*need, False][:7], gates, norms, batch_sizes, lengths, seed, flags, *tensors
     out, where = mapped_backward(info.batch_size, at, args, call)
     return list(out), list(where)
+
+
+def mapped_extra(more, dims):
+    """(noise, skip, clip, first), (params, seed, flags), and where those three are mapped."""
+    extra, dims = op.extra_of(more), [*dims, *[None] * 4]
+    return (
+        (extra.noise, extra.skip, extra.clip, extra.first),
+        (extra.params, extra.seed, extra.flags),
+        (dims[0], dims[1], dims[3]),
+    )
 
 
 def each_dim(dims, values):

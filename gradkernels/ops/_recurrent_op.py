@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 from gradkernels import backends
+from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.cells import CELLS, Cell
 from gradkernels.ops._recurrent_checks import (
     check_backward,
     check_batch_sizes,
     check_dense,
+    check_extra,
     check_forward,
     check_lengths,
     check_together,
 )
 
 lib = torch.library.Library("gradkernels", "DEF")
+# what is in Extra, in its order; a program that was exported before there was any of it still runs
+_EXTRA = "Tensor? params=None, Tensor? seed=None, float[] noise=[], Tensor? flags=None, int skip=0, float clip=0.0, int first=0"
 lib.define(
     "recurrent_forward(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
-    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, int keep, str? backend) -> Tensor[]",
+    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, int keep, str? backend, "
+    f"{_EXTRA}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 lib.define(
     "recurrent_backward(str cell, Tensor?[] grads, Tensor x, Tensor? weight_ih, Tensor weight_hh, Tensor? weight_hr, Tensor[] saved, "
-    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool[] need, bool gates, bool norms, str? backend) -> Tensor[]",
+    "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool[] need, bool gates, bool norms, str? backend, "
+    f"{_EXTRA}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -75,59 +81,81 @@ def _check_values(x, state, batch_sizes, lengths):
     return _whole(batch_sizes), _whole(lengths)
 
 
-def forward_kernel(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
+def _whole_extra(extra: Extra) -> Extra:
+    return extra if extra is PLAIN else extra._replace(params=_whole(extra.params), flags=_whole(extra.flags))
+
+
+def forward_kernel(
+    cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, extra=PLAIN
+):
     """Runs a backend; shapes have been checked."""
-    module = backends.choose(backend, cell, x.dtype, x.device)
+    module = backends.choose(backend, cell, x.dtype, x.device, extra.clip > 0)
     if batch_sizes is not None or lengths is not None:
         batch_sizes, lengths = _check_values(x, state, batch_sizes, lengths)
     weights = _whole(w_ih), _whole(b_ih), w_hh.contiguous(), _whole(b_hh), _whole(w_hr)
     state = [v.contiguous() for v in state]
     backends.ran(module)
     with torch._C._AutoDispatchBelowADInplaceOrView():  # no derivative is recorded, and what comes out is nobody's view
-        return module.forward(cell, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep)
+        return module.forward(
+            cell, x.contiguous(), *weights, state, batch_sizes, lengths, reverse, keep, _whole_extra(extra)
+        )
 
 
 def backward_kernel(
-    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
-):
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend, extra=PLAIN
+):  # fmt: skip
     """Runs a backend; shapes have been checked."""
-    module = backends.choose(backend, cell, x.dtype, x.device)
+    module = backends.choose(backend, cell, x.dtype, x.device, extra.clip > 0)
     if batch_sizes is not None or lengths is not None:
         batch_sizes, lengths = _check_values(x, state, batch_sizes, lengths)
     tensors = x.contiguous(), _whole(w_ih), w_hh.contiguous(), _whole(w_hr)
     grads, saved, state = [_whole(g) for g in grads], [v.contiguous() for v in saved], [v.contiguous() for v in state]
     backends.ran(module)
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return module.backward(cell, grads, *tensors, saved, state, batch_sizes, lengths, reverse, need, gates, norms)
+        return module.backward(
+            cell, grads, *tensors, saved, state, batch_sizes, lengths, reverse, need, gates, norms, _whole_extra(extra)
+        )
 
 
-def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
+def extra_of(values) -> Extra:
+    """What follows the backend in an operator's arguments; the dispatcher leaves out what is as by default."""
+    return PLAIN if not values else Extra(*values)._replace(noise=tuple(values[2]) if len(values) > 2 else ())
+
+
+def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, *more):
     """[y, (other state sequences,) *final states, (raw,) (acts)]
 
     keep=0: y and the final states; 1: the sequences of all states; 2: also what backward needs: raw [N, H], the output before
     projection, if there is one, and acts [N, A, H]."""
-    c = cell_of(cell)
-    check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state)
+    c, extra = cell_of(cell), extra_of(more)
+    check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state, extra.params, extra.seed, extra.flags)
     check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths)
+    check_extra(c, x, w_hh, extra)
     if keep not in (0, 1, 2):
         raise ValueError(f"keep must be 0, 1 or 2, got {keep}")
-    return forward_kernel(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend)
+    return forward_kernel(
+        c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, extra
+    )
 
 
 def _backward_op(
-    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend, *more
 ):
-    """gates=False: [each needed gradient of x, w_ih, b_ih, w_hh, b_hh, w_hr, *dstate, (norms)]
+    """gates=False: [each needed gradient of x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *dstate, (norms)]
     gates=True: [dgates [.., G*H], (dr [.., G*H] if a gate is split), (v [.., H] if a product is taken of v),
-    (dproj [.., R] if w_hr), *dstate, (norms)], of which weight gradients are products."""
-    c = cell_of(cell)
-    check_dense(*grads, x, w_ih, w_hh, w_hr, *saved, batch_sizes, lengths, *state)
-    check_backward(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, need)
-    how = reverse, need, gates, norms, backend
+    (dproj [.., R] if w_hr), (dparams [.., P*H] if that of params is needed), *dstate, (norms)], of which weight gradients are
+    products and sums. The last of the seven flags of `need`, that of params, may be left out."""
+    c, extra = cell_of(cell), extra_of(more)
+    need = [*need, False] if len(need) == 6 else need
+    check_dense(
+        *grads, x, w_ih, w_hh, w_hr, *saved, batch_sizes, lengths, *state, extra.params, extra.seed, extra.flags
+    )
+    check_backward(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, need, extra)
+    how = reverse, need, gates, norms, backend, extra
     return backward_kernel(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)
 
 
-def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend):
+def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, *more):
     check_together(x, w_ih, b_ih, w_hh, b_hh, w_hr, *state)  # a mixture of devices may end up here
     c, lead = cell_of(cell), x.shape[:-1]
     H, N = w_hh.shape[0] // c.G, math.prod(lead)  # Size.numel() would fix dynamic sizes
@@ -137,15 +165,18 @@ def _forward_fake(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, len
 
 
 def _backward_fake(
-    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend, *more
 ):
     check_together(x, w_ih, None, w_hh, None, w_hr, *state)
     c, lead, wide = cell_of(cell), x.shape[:-1], w_hh.shape[0]
+    H = wide // c.G
     if gates:
-        widths = [wide, *([wide] if c.split else []), *([wide // c.G] if c.second else [])]
-        out = [x.new_empty(*lead, n) for n in (*widths, *([] if w_hr is None else [w_hr.shape[0]]))]
+        widths = [wide, *([wide] if c.split else []), *([H] if c.second else [])]
+        widths += [*([] if w_hr is None else [w_hr.shape[0]]), *([c.P * H] if any(need[6:]) else [])]
+        out = [x.new_empty(*lead, n) for n in widths]
     else:
-        shapes = x.shape, w_ih is not None and w_ih.shape, (wide,), w_hh.shape, (wide,), w_hr is not None and w_hr.shape
+        w_ih, w_hr = (None if v is None else v.shape for v in (w_ih, w_hr))
+        shapes = x.shape, w_ih, (wide,), w_hh.shape, (wide,), w_hr, (c.P, H)
         out = [x.new_empty(shape) for shape, wanted in zip(shapes, need) if wanted]
     T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     out += [v.new_empty(v.shape) for v in state]
@@ -206,9 +237,11 @@ def direct(tensors) -> bool:
 
 
 def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
-    """The operator, for a caller who has checked the shapes and wants no derivative."""
-    if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state)):
-        return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
+    """The operator, for a caller who has checked the shapes and wants no derivative; what is last is an Extra."""
+    *how, extra = how
+    if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state, extra.params, extra.seed, extra.flags)):
+        return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how, extra)
+    how += extra
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how)
     with torch._C._AutoDispatchBelowAutograd():  # past the operator's own derivative, which costs more than the call
@@ -216,12 +249,13 @@ def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
 
 
 def backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, *how):
-    """The operator, for a caller who wants no derivative of it."""
-    inputs = x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths
-    if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state)):
+    """The operator, for a caller who wants no derivative of it; what is last is an Extra."""
+    inputs, (*how, extra) = (x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths), how
+    if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state, extra.params, extra.seed, extra.flags)):
         c = cell_of(cell)
-        check_backward(c, grads, *inputs, need)
-        return backward_kernel(c, grads, *inputs, reverse, need, *how)
+        check_backward(c, grads, *inputs, need, extra)
+        return backward_kernel(c, grads, *inputs, reverse, need, *how, extra)
+    how += extra
     if torch.compiler.is_compiling():
         return backward_op(cell, grads, *inputs, reverse, need, *how)
     with torch._C._AutoDispatchBelowAutograd():

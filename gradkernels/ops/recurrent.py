@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradkernels import cells
+from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.ops import _recurrent_op as op
 from gradkernels.ops._recurrent_autograd import Recurrent, apply
-from gradkernels.ops._recurrent_checks import WEIGHTS, check_forward
+from gradkernels.ops._recurrent_checks import WEIGHTS, check_extra, check_forward
 from gradkernels.ops._recurrent_taps import widths
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def recurrent(
         state: the cell's S initial states, ``[B, R]`` the first and ``[B, H]`` the others; zeros when None.
         weight_ih, bias_ih, bias_hh: input weight ``[G*H, I]``, biases ``[G*H]``; each may be None.
         weight_hr: projection ``[R, H]`` of the first state, for cells that use it in the recurrent product only (``lstm``).
-        params: per-unit parameters, for cells that have them; no cell here does.
+        params: parameters ``[P, H]`` of each unit, for cells that have them.
         cell: a name in ``gradkernels.cells.CELLS``, or a Cell.
         lengths: int64 ``[B]`` from 0 to T, in any order: row b has the steps t < lengths[b]. Beyond them outputs are zero, the final
             state is that of a row's last step, and ``reverse`` begins there. On the CPU, where they are checked, or beside x, where
@@ -94,8 +95,7 @@ def recurrent(
     c = cells.CELLS.get(cell) if type(cell) is str else cell
     if not isinstance(c, cells.Cell):
         c = cells.get(cell)  # its error names the registry
-    if params is not None or c.P:
-        raise ValueError(f"cell {c.name} takes {c.P} parameters per unit; params are not supported here yet")
+    extra = PLAIN if params is None else Extra(params)
     tensors = x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr
     # asked in this order: "meta" has no autocast
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
@@ -106,6 +106,8 @@ def recurrent(
     ):  # jit.trace leaves the checks to the operator
         try:
             check_forward(c, *tensors, state, batch_sizes, lengths)
+            if c.extra or extra is not PLAIN:
+                check_extra(c, tensors[0], tensors[3], extra)
         except AttributeError:
             _check_types((*tensors, *(state or ()), batch_sizes, lengths))
             raise
@@ -116,16 +118,20 @@ def recurrent(
     S, keep = c.S, 1 if every_state else 0
     if fast:
         if not _requires_grad((*tensors, *state, probe)):
-            out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend)
+            out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend, extra)
             return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
         function = True
     else:
         function = _wants_function((*tensors, *state, probe))
     name = cell if type(cell) is str else op.name_of(c)
     if function:
-        out = apply(Recurrent)(name, reverse, backend, batch_sizes, lengths, *tensors, probe, *state)
+        params, seed, noise, flags, skip, clip, first = extra
+        how = noise, skip, clip, first
+        out = apply(Recurrent)(
+            name, reverse, backend, how, batch_sizes, lengths, seed, flags, *tensors, params, probe, *state
+        )
         return tuple(out[:S]) if every_state else out[0], tuple(out[S : 2 * S])
-    out = op.forward(name, *tensors, list(state), batch_sizes, lengths, reverse, keep, backend)
+    out = op.forward(name, *tensors, list(state), batch_sizes, lengths, reverse, keep, backend, extra)
     return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
 
 
@@ -178,7 +184,8 @@ def _zeros(cell, x, weight_hh, batch_sizes):
         B = int(batch_sizes[0]) if batch_sizes.shape[0] else 0
         if B < 0:
             raise RuntimeError(f"batch_sizes must not be negative, got {B}")
-    widths = [weight_hh.shape[1], *[weight_hh.shape[0] // cell.G] * (cell.S - 1)]
+    H = weight_hh.shape[0] // cell.G
+    widths = [weight_hh.shape[1] if cell.recurrent else H, *[H] * (cell.S - 1)]
     return [x.new_zeros(B, n) for n in widths]
 
 

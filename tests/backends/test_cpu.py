@@ -80,7 +80,7 @@ class Call:
         grads = [make(*lead, w) if r.random() < p else None for w, p in zip([R, H], [0.8, 0.3][: c.S])]
         grads += [make(*s.shape) if r.random() < 0.6 else None for s in state]
         inputs = not given_gates
-        need = [r.random() < 0.8, inputs and r.random() < 0.8, inputs and bias, r.random() < 0.8, bias, project]
+        need = [r.random() < 0.8, inputs and r.random() < 0.8, inputs and bias, r.random() < 0.8, bias, project, False]
         self.by_gates, norms = r.random() < 0.3, r.random() < 0.5
         self.backward = lambda saved: [
             c, grads, x, w_ih, w_hh, w_hr, saved, state, *ragged, need, self.by_gates, norms,
@@ -172,7 +172,7 @@ def large(T=40, B=24, H=128):
     def run():
         out = cpu.forward(CELLS["lstm"], x, w, None, w, None, None, state, None, None, False, 2)
         saved, grads = [*out[:2], out[-1]], [out[0], None, None, None]
-        need = [True, True, False, True, False, False]
+        need = [True, True, False, True, False, False, False]
         back = cpu.backward(
             CELLS["lstm"], grads, x, w, w, None, saved, state, None, None, False, need, False, False
         )  # fmt: skip

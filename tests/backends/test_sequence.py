@@ -9,7 +9,7 @@ import torch
 
 import gradkernels as gk
 from gradkernels import backends
-from gradkernels.backends import _sequence, _unroll
+from gradkernels.backends import _sequence, _unroll, reference
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, SMALL, Case, cotangents, gradients
 
@@ -29,6 +29,14 @@ def packed(steps):
     return torch.tensor(index, dtype=torch.long), [(o, len(step)) for o, step in zip(begin, each)], torch.tensor(order)
 
 
+def extras(cell, extra, steps, index, H):
+    """What `_unroll` takes last: params, masks of the rows in packed order, skip."""
+    each, order = tokens(steps)
+    column = torch.tensor([b for step in each for b in order[: len(step)]], dtype=torch.long)
+    params = None if extra.params is None else extra.params.double()
+    return params, reference.masks(cell, extra, index, column, H, torch.double), extra.skip
+
+
 def fill(out, v, index):
     """Rows of what was allocated; what no step visits stays as it was."""
     if out is not None:
@@ -36,11 +44,12 @@ def fill(out, v, index):
         out[index] = v.to(out.dtype)
 
 
-def walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, acts):
+def walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, acts, extra):
     index, where, order = packed(steps)
     wide = lambda v: None if v is None else v.double()
     got = _unroll.unroll(
-        cell, gates.double()[index], *map(wide, (w_hh, b_hh, w_hr)), [wide(v)[order] for v in state], where, steps.reverse
+        cell, gates.double()[index], *map(wide, (w_hh, b_hh, w_hr)), [wide(v)[order] for v in state], where, steps.reverse,
+        *extras(cell, extra, steps, index, w_hh.shape[0] // cell.G),
     )  # fmt: skip
     for out, v in zip((*seq, raw, acts), (*got[0], *got[2:])):
         fill(out, v, index)
@@ -48,7 +57,9 @@ def walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, a
         fill(out, v, order)
 
 
-def walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates, dr, operand, dproj, dstate, norms):
+def walk_backward(
+    cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates, dr, operand, dproj, dstate, norms, dparams, extra
+):
     index, where, order = packed(steps)
     rows = lambda v: None if v is None else v.double()[index]
     batch = lambda v: None if v is None else v.double()[order]
@@ -56,10 +67,11 @@ def walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates,
     grads = [*map(rows, grads[:S]), *map(batch, grads[S:])]
     weights = w_hh.double(), None if w_hr is None else w_hr.double()
     *parts, ds, size = _unroll.unroll_backward(
-        cell, grads, *weights, [*map(rows, seq)], rows(raw), rows(acts), [*map(batch, state)], where, steps.reverse, norms is not None
+        cell, grads, *weights, [*map(rows, seq)], rows(raw), rows(acts), [*map(batch, state)], where, steps.reverse, norms is not None,
+        *extras(cell, extra, steps, index, acts.shape[2]), extra.clip,
     )  # fmt: skip
     assert (dr is dgates) == (not cell.split)
-    for out, v in zip((dgates, dr, operand, dproj), parts):
+    for out, v in zip((dgates, dr, operand, dproj, dparams), parts):
         fill(out, v, index)
     for out, v in zip(dstate, ds):
         fill(out, v, order)
@@ -72,7 +84,7 @@ def walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates,
 def unrolled(monkeypatch):
     """A backend of that name."""
     module = ModuleType("gradkernels.backends.unrolled")
-    module.why_not = lambda *_: None
+    module.why_not, module.CLIPS = lambda *_: None, True
     module.forward = lambda *args: _sequence.forward(walk_forward, *args)
     module.backward = lambda *args: _sequence.backward(walk_backward, *args)
     monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "unrolled"))
@@ -140,10 +152,10 @@ def test_norms_and_missing_gradients(case):
         args = cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *steps, case.reverse, keep
         out, want = (backends.load(n).forward(*args) for n in ("unrolled", "reference"))
         assert_close_to_truth(out, want, want)
-    kept, every = want[:S] + want[2 * S :], [v is not None for v in (x, w_ih, b_ih, w_hh, b_hh, w_hr)]
+    kept, every = want[:S] + want[2 * S :], [v is not None for v in (x, w_ih, b_ih, w_hh, b_hh, w_hr, None)]
     for missing in range(2 * S + 1):
         grads = [None if k in (missing, 2 * S - missing) else torch.randn_like(v) for k, v in enumerate(want[: 2 * S])]
-        for need in (every, [False] * 6, [True, *[False] * 5], [False, *every[1:]]):
+        for need in (every, [False] * 7, [True, *[False] * 6], [False, *every[1:]]):
             for gates in (False, True):
                 args = cell, grads, x, w_ih, w_hh, w_hr, kept, state, *steps, case.reverse, need, gates, True
                 got, expected = (backends.load(n).backward(*args) for n in ("unrolled", "reference"))
@@ -224,7 +236,7 @@ def test_nothing_is_read_back(layout, reverse):
         out = _sequence.forward(nothing, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *steps, reverse, 2)
         seq, final, kept = out[:2], out[2:4], out[4:]
         _sequence.backward(
-            nothing, cell, [*seq, *final], x, w_ih, w_hh, w_hr, [*seq, *kept], state, *steps, reverse, [True] * 6, False, True
+            nothing, cell, [*seq, *final], x, w_ih, w_hh, w_hr, [*seq, *kept], state, *steps, reverse, [*[True] * 6, False], False, True
         )  # fmt: skip
     for read in (torch.nonzero, lambda v: v[v > 0], lambda v: float(v.sum())):
         with pytest.raises(AssertionError, match="nonzero|index|_local_scalar_dense"), Never():

@@ -248,8 +248,13 @@ BACKWARD_CHANGES = {
     ),
     "shape of acts": ({"saved": [Z(4, 3, 6), Z(4, 3, 6), Z(12, 3, 6)]}, RuntimeError, r"saved\[2\] must have shape"),
     "dtype of acts": ({"saved": [Z(4, 3, 6), Z(4, 3, 6), Z(12, 4, 6).double()]}, ValueError, r"saved\[2\] dtype"),
-    "number of flags": ({"need": [True] * 5}, ValueError, "need must be six flags"),
-    "a gradient of nothing": ({"need": [True] * 6}, ValueError, "gradient of a tensor that is not there"),
+    "number of flags": ({"need": [True] * 5}, ValueError, "need must be seven flags"),
+    "a gradient of nothing": ({"need": [True] * 6 + [False]}, ValueError, "gradient of a tensor that is not there"),
+    "a gradient of no params": (
+        {"need": [True] * 5 + [False, True]},
+        ValueError,
+        "gradient of a tensor that is not there",
+    ),
     "state": ({"state": [Z(2, 6), Z(3, 6)]}, RuntimeError, r"state\[0\] must have shape"),
     "lengths": ({"lengths": torch.tensor([5, 0, 0])}, RuntimeError, "lengths must be from 0 to T = 4, got 5"),
 }

@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradkernels.cells import Cell
+from gradkernels.backends._extra import PLAIN, Extra
+from gradkernels.cells import CELLS, Cell
 
 # What torch found the machine to be capable of, best first; ATEN_CPU_CAPABILITY selects one by hand.
 BUILDS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
@@ -25,6 +26,7 @@ STORAGE = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+CLIPS = False  # whether backward clamps the adjoint of h_t
 HUGE = 4 << 20  # bytes from which fresh memory is asked for in large pages
 
 
@@ -51,8 +53,14 @@ def why_not(
         module = build()
     except ImportError as e:
         return str(e)
-    if cell is not None and not module.has_cell(cell.name):
+    if cell is None:
+        return None
+    if CELLS.get(cell.name) != cell:  # what was compiled beforehand knows cells by name
+        return f"{cell.name!r} is not one of the package's cells, which are {', '.join(CELLS)}"
+    if not module.has_cell(cell.name):
         return f"cell {cell.name!r} was not there when the kernels were compiled"
+    if cell.extra or cell.means or not cell.recurrent:
+        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
     return None
 
 
@@ -92,6 +100,7 @@ def forward(
     lengths: Tensor | None,  # [B]
     reverse: bool,
     keep: int,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
     shape, N = x.shape[:-1], math.prod(x.shape[:-1])
@@ -127,6 +136,7 @@ def backward(
     need: list[bool],
     gates: bool,
     norms: bool,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
     shape, GH = x.shape[:-1], weight_hh.shape[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import _sequence
+from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.cells import Cell
 from gradkernels.cells.codegen import device_struct
 
@@ -19,6 +20,7 @@ from . import driver, launch, plan
 from .arguments import MAX_STATES
 
 Tensors = Sequence[Tensor | None]
+CLIPS = False  # whether backward clamps the adjoint of h_t
 
 
 def why_not(
@@ -34,6 +36,8 @@ def why_not(
 
 @functools.cache
 def _cell_why_not(cell: Cell) -> str | None:
+    if cell.extra or cell.means or not cell.recurrent:
+        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
     if cell.S > MAX_STATES:
         return f"cell {cell.name!r} has {cell.S} states, and the kernels take {MAX_STATES}"
     try:
@@ -67,11 +71,25 @@ def forward(
     lengths: Tensor | None,  # [B]
     reverse: bool,
     keep: int,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     """[y, (other state sequences,) *final states, (raw,) (acts)]; see the op for `keep`."""
     walk = functools.partial(launch.forward, batch_sizes)
     return _sequence.forward(
-        walk, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, state, batch_sizes, lengths, reverse, keep
+        walk,
+        cell,
+        x,
+        weight_ih,
+        bias_ih,
+        weight_hh,
+        bias_hh,
+        weight_hr,
+        state,
+        batch_sizes,
+        lengths,
+        reverse,
+        keep,
+        extra,
     )
 
 
@@ -90,9 +108,11 @@ def backward(
     need: Sequence[bool],
     gates: bool,
     norms: bool,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     """[each needed gradient of x and the weights, *dstate, (norms)], or with `gates` what those are made of; see the op."""
     walk = functools.partial(launch.backward, batch_sizes)
     return _sequence.backward(
-        walk, cell, grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms
+        walk, cell, grads, x, weight_ih, weight_hh, weight_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms,
+        extra,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import _sequence
+from gradkernels.backends._extra import Extra
 from gradkernels.cells import Cell
 
 from . import driver, plan, step
@@ -59,6 +60,7 @@ def forward(
     final: Sequence[Tensor],  # S of [B, R], [B, H] ..
     raw: Tensor | None,  # [N, H]
     acts: Tensor | None,  # [N, A, H]
+    extra: Extra,
 ) -> None:
     machine, kind = driver.machine(gates.device), number(gates.dtype)
     H = w_hh.shape[0] // cell.G
@@ -96,6 +98,8 @@ def backward(
     dproj: Tensor | None,  # [N, R]
     dstate: Sequence[Tensor],  # S of [B, R], [B, H] ..
     norms: Tensor | None,  # float64 [T, S]
+    dparams: Tensor | None,  # [N, P*H]
+    extra: Extra,
 ) -> None:
     machine, kind = driver.machine(dgates.device), number(dgates.dtype)
     H = w_hh.shape[0] // cell.G

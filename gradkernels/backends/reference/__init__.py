@@ -4,12 +4,13 @@ Besides being a backend it is where derivatives of derivatives come from: every 
 torch operations only, so autograd, forward mode and vmap pass through it.
 
 Dims: T steps, B batch, I inputs, H hidden units, R width of the first state (H, or the rows of weight_hr), G gates,
-S states, A kept values, Q gates whose recurrent product is taken of another value than the state, N rows of all steps.
+S states, A kept values, P parameters of a unit, M masks, N rows of all steps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradkernels.backends._extra import FIXED, GIVEN, PLAIN, Extra
 from gradkernels.backends._unroll import unroll, unroll_backward, unroll_tangent
+from gradkernels.backends.reference import philox
 
 if TYPE_CHECKING:
     from gradkernels.cells import Cell
 
 Tensors = Sequence[Tensor | None]
+CLIPS = True  # its backward clamps the adjoint of h_t
 
 
 def why_not(
@@ -85,6 +89,34 @@ class Layout:
     def unbatch(self, v: Tensor) -> Tensor:
         return v if self.order is None else v.index_select(0, self.inverse)
 
+    def places(self, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token and column of the batch of every row, [rows of all steps] each."""
+        if self.index is not None:
+            return self.index, self.index % B
+        token = torch.arange(math.prod(self.lead), device=device)
+        if self.batch_sizes is None:
+            return token, token % max(B, 1)
+        sizes = self.batch_sizes.to(device)
+        return token, token - (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=token.shape[0])
+
+
+def masks(cell: Cell, extra: Extra, token: Tensor, column: Tensor, H: int, dtype: torch.dtype) -> Tensor | None:
+    """The masks of a cell, [M, rows, H], for rows that are these tokens and columns of the batch."""
+    if not cell.M:
+        return None
+    unit, out = torch.arange(H, device=token.device), []
+    for k in range(cell.M):
+        p, high, kind = extra.noise[3 * k : 3 * k + 3]
+        if kind == GIVEN:
+            assert extra.flags is not None
+            out.append(extra.flags.to(dtype)[token].unsqueeze(1).expand(-1, H))
+        elif extra.seed is None:
+            out.append(torch.full((token.shape[0], H), (1 - p) * high, dtype=dtype, device=token.device))
+        else:
+            row = (k << 32) + (column if kind == FIXED else extra.first + token)
+            out.append(philox.kept(extra.seed, p, row.unsqueeze(1), unit).to(dtype) * high)
+    return torch.stack(out)
+
 
 def precise(v: Any) -> Any:
     """16-bit storage, 32-bit arithmetic."""
@@ -128,11 +160,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.t().float() @ b.float()
 
 
-def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_sizes, reverse, need, mapped=None):
-    """Gradients of (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr), in that order, those that `need[1:]` asks for.
+def weight_gradients(cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, batch_sizes, reverse, need, mapped=None):
+    """Gradients of (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params), in that order, those that `need[1:]` asks for.
 
-    Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], x [N, I], y [N, R], raw [N, H]; h0 [B, R], or None
-    where y is the state that enters each row already.
+    Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], dparams [N, P*H], x [N, I], y [N, R], raw [N, H];
+    h0 [B, R], or None where y is the state that enters each row already.
     `mapped`: rows of so many independent batches lie side by side, [N * mapped, ...], and so do those of h0; each gradient
     then has a leading dimension of that size."""
     if mapped is not None:
@@ -148,7 +180,9 @@ def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_size
         out.append(of(dgates, x))
     if need[2]:
         out.append(db := total(dgates))
-    if need[3]:
+    if need[3] and not cell.recurrent:
+        out.append(dr.new_zeros(*(() if mapped is None else (mapped,)), dr.shape[1], 0))
+    elif need[3]:
         first = dr[:, :K]
         if h0 is None:
             dw = of(first, y)
@@ -167,10 +201,20 @@ def weight_gradients(cell, dgates, dr, operand, dproj, x, y, raw, h0, batch_size
         out.append(db.clone() if need[2] and dr is dgates else total(dr))
     if need[5]:
         out.append(of(dproj, raw))
+    if cell.P and need[6]:
+        out.append(total(dparams).unflatten(-1, (cell.P, H)))
     return out
 
 
 # ---------------------------------------------------------------- the backend
+
+
+def drawn_masks(cell: Cell, extra: Extra, at: Layout, weight_hh: Tensor, state: Sequence[Tensor]) -> Tensor | None:
+    """The masks of all rows in the order of `at`."""
+    if not cell.M:
+        return None
+    places = at.places(state[0].shape[0], weight_hh.device)
+    return masks(cell, extra, *places, weight_hh.shape[0] // cell.G, weight_hh.dtype)
 
 
 def forward(
@@ -186,16 +230,20 @@ def forward(
     lengths: Tensor | None,  # [B]
     reverse: bool,
     keep: int,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
     """[y, (other state sequences,) *final states, (raw,) (acts)]; see the op for `keep`."""
     dtype, at = x.dtype, Layout(x, state[0].shape[0], batch_sizes, lengths)
-    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = map(
-        precise, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params = map(
+        precise, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, extra.params)
     )
     with no_autocast(x.device):
         gates = project(at.rows(x), weight_ih, bias_ih)
         first = [at.batch(precise(v)) for v in state]
-        seq, final, raw, acts = unroll(cell, gates, weight_hh, bias_hh, weight_hr, first, at.steps, reverse)
+        drawn = drawn_masks(cell, extra, at, weight_hh, first)
+        seq, final, raw, acts = unroll(
+            cell, gates, weight_hh, bias_hh, weight_hr, first, at.steps, reverse, params, drawn, extra.skip
+        )
     N = x.reshape(-1, x.shape[-1]).shape[0]
     out = [at.spread(v).to(dtype) for v in (seq if keep else seq[:1])]
     out += [at.unbatch(v).to(dtype, copy=True) for v in final]  # without a step they are the initial ones
@@ -219,20 +267,22 @@ def backward(
     need: Sequence[bool],
     gates: bool,
     norms: bool,
+    extra: Extra = PLAIN,
 ) -> list[Tensor]:
-    """[each needed gradient of x and the weights, *dstate, (norms)], or with `gates` what those are made of; see the op."""
+    """[each needed gradient of x, the weights and params, *dstate, (norms)], or with `gates` what those are made of; see the op."""
     S, dtype, at = cell.S, x.dtype, Layout(x, state[0].shape[0], batch_sizes, lengths)
-    x, weight_ih, weight_hh, weight_hr = map(precise, (x, weight_ih, weight_hh, weight_hr))
+    x, weight_ih, weight_hh, weight_hr, params = map(precise, (x, weight_ih, weight_hh, weight_hr, extra.params))
     seq, acts = [at.rows(precise(v)) for v in saved[:S]], at.kept(precise(saved[-1]))
     raw = None if weight_hr is None else at.kept(precise(saved[S]))
     first = [at.batch(precise(v)) for v in state]
     grads = [at.rows(precise(g)) if k < S else at.batch(precise(g)) for k, g in enumerate(grads)]
     with no_autocast(x.device):
-        dgates, dr, operand, dproj, ds, size = unroll_backward(
-            cell, grads, weight_hh, weight_hr, seq, raw, acts, first, at.steps, reverse, norms
-        )
+        drawn = drawn_masks(cell, extra, at, weight_hh, first)
+        dgates, dr, operand, dproj, dparams, ds, size = unroll_backward(
+            cell, grads, weight_hh, weight_hr, seq, raw, acts, first, at.steps, reverse, norms, params, drawn, extra.skip, extra.clip
+        )  # fmt: skip
         if gates:
-            parts = [dgates, dr if cell.split else None, operand, dproj]
+            parts = [dgates, dr if cell.split else None, operand, dproj, dparams if cell.P and need[6] else None]
             out = [at.spread(v) for v in parts if v is not None]
         else:
             out = []
@@ -240,18 +290,18 @@ def backward(
                 out.append(at.spread(dgates if weight_ih is None else dgates @ weight_ih))
             rows = at.rows(x) if need[1] else None
             out += weight_gradients(
-                cell, dgates, dr, operand, dproj, rows, seq[0], raw, first[0], at.batch_sizes, reverse, need
+                cell, dgates, dr, operand, dproj, dparams, rows, seq[0], raw, first[0], at.batch_sizes, reverse, need
             )
     out = [*(v.to(dtype) for v in out), *(at.unbatch(v).to(dtype, copy=True) for v in ds)]
     return [*out, size] if norms else out
 
 
-def tangent(cell, primal, moving, state, dstate, batch_sizes, lengths, reverse):
+def tangent(cell, primal, moving, state, dstate, batch_sizes, lengths, reverse, extra=PLAIN):
     """Forward mode: tangents of the state sequences and of the final states.
 
-    primal: (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr); moving: their tangents; None is zero."""
+    primal: (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params); moving: their tangents; None is zero."""
     dtype, at = primal[0].dtype, Layout(primal[0], state[0].shape[0], batch_sizes, lengths)
-    (x, w_ih, b_ih, w_hh, b_hh, w_hr), (dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr) = (
+    (x, w_ih, b_ih, w_hh, b_hh, w_hr, params), (dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, dparams) = (
         map(precise, primal),
         map(precise, moving),
     )
@@ -267,7 +317,13 @@ def tangent(cell, primal, moving, state, dstate, batch_sizes, lengths, reverse):
         for term in terms:
             dgates = dgates if term is None else dgates + term
         values = [at.batch(precise(v)) for v in state], [at.batch(precise(v)) for v in dstate]
+        more = params, dparams, drawn_masks(cell, extra, at, w_hh, state), extra.skip
         seq, final = unroll_tangent(
-            cell, (gates, w_hh, b_hh, w_hr, *values[0]), (dgates, dw_hh, db_hh, dw_hr, *values[1]), at.steps, reverse
+            cell,
+            (gates, w_hh, b_hh, w_hr, *values[0]),
+            (dgates, dw_hh, db_hh, dw_hr, *values[1]),
+            at.steps,
+            reverse,
+            *more,
         )
     return [at.spread(v).to(dtype) for v in seq], [at.unbatch(v).to(dtype) for v in final]

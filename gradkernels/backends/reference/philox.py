@@ -48,7 +48,11 @@ def limit(p: float) -> tuple[int, float]:
     return min(int(p * 2**32), LOW), 1 / (1 - p) if p < 1 else 0.0
 
 
+def kept(seed: Tensor, p: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """False where something of probability p befalls a place."""
+    return words(seed, rows, columns) >= limit(p)[0]
+
+
 def factors(seed: Tensor, p: float, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where dropout of probability p drops a place, 1 / (1 - p) elsewhere."""
-    below, scale = limit(p)
-    return (words(seed, rows, columns) >= below).to(dtype) * scale
+    return kept(seed, p, rows, columns).to(dtype) * limit(p)[1]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gradkernels.cells import Cell
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CLIPS = False  # whether backward clamps the adjoint of h_t
 OLDEST = (8, 0)  # compute capability of a GPU of NVIDIA's that Triton supports
 
 
@@ -31,6 +32,8 @@ def why_not(
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux)"
     reason = _no_device(device)
+    if cell is not None and (cell.extra or cell.means or not cell.recurrent):
+        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
     if reason is None and cell is not None:
         from gradkernels.backends.triton import cells
 

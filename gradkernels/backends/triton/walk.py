@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from gradkernels.backends._extra import Extra
 from gradkernels.backends._sequence import Steps
 from gradkernels.backends.triton import cells, resident, step
 from gradkernels.backends.triton.launch import (
@@ -63,6 +64,7 @@ def walk_forward(
     final: Sequence[Tensor],  # S of [B, R], [B, H] .. to fill
     raw: Tensor | None,  # [N, H] to fill
     acts: Tensor | None,  # [N, A, H] to fill
+    extra: Extra,
 ) -> None:
     """The walk of `_sequence.forward`."""
     at, B, R, H = limits(), steps.B, w_hh.shape[1], w_hh.shape[0] // cell.G
@@ -126,6 +128,8 @@ def walk_backward(
     dproj: Tensor | None,  # [N, R] to fill
     dstate: Sequence[Tensor],  # S of [B, R], [B, H] .. to fill
     norms: Tensor | None,  # [T, S] float64 to fill
+    dparams: Tensor | None,  # [N, P * H] to fill
+    extra: Extra,
 ) -> None:
     """The walk of `_sequence.backward`."""
     at, (B, R), H, S = limits(), state[0].shape, w_hh.shape[0] // cell.G, cell.S
