@@ -1,23 +1,31 @@
 // Written by `python -m gradkernels.cells.codegen` from gradkernels/cells; a test compares. Do not edit.
 // clang-format off
 #pragma once
+#include "cell.h"
 #include <stdexcept>
 #include <string>
 
 // One struct per cell: pure arithmetic over a value type V, which has + - * / and unary -, comparisons that where(c, a, b)
 // accepts, construction from a number, and the functions named here (sigmoid, tanh ...), found by argument-dependent lookup.
 //
-// Sizes: G gates, S states, A values kept for backward, Q products of another value than s[0] (those of the last Q gates).
-// x[G], r[G]: pre-activations of the input and of the recurrent product; s[S], t[S]: states before and after; a[A]: kept values.
-// dt[S] -> dx[G], dr[G], ds[S]: adjoints; total[S]: full adjoints of t. shared: dx and dr are the same.
+// Sizes: G gates, S states, P parameters, M masks, D values of some steps ago, A values kept for backward, Q products of another
+// value than s[0] (those of the last Q gates).
+// x[G], r[G]: pre-activations of the input and of the recurrent product; s[S], t[S]: states before and after; a[A]: kept values;
+// p[P], m[M], d[D]: where a cell has them. dt[S] -> dx[G], dr[G], ds[S], dp[P], dd[D]: adjoints; total[S]: full adjoints of t.
+// shared: dx and dr are the same. Not recurrent: r is not read.
 // Where Q > 0: v is what the last Q products are taken of, dv its adjoint. Results may not overlap with arguments.
+//
+// Where a cell has means over the units of a row, a function f is in rounds: f(Round<k>, .., kept, mean, out) computes what
+// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: all means of
+// earlier rounds, one after the other; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
 namespace gk {
 
-struct Lstm {
+struct LstmCell {
   static constexpr const char *name = "lstm";
-  static constexpr int G = 4, S = 2, P = 0, A = 4, Q = 0;
-  static constexpr bool shared = true;
+  static constexpr int G = 4, S = 2, P = 0, M = 0, D = 0, A = 4, Q = 0;
+  static constexpr bool shared = true, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&s)[S], V (&t)[S], V *a) {
     const V i = sigmoid(x[0] + r[0]);
@@ -29,6 +37,7 @@ struct Lstm {
     a[0] = i; a[1] = f; a[2] = g; a[3] = o;
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *a, const V (&s)[S], const V (&t)[S], const V (&dt)[S],
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -49,11 +58,12 @@ struct Lstm {
   }
 };
 
-struct Gru {
+struct GruCell {
   static constexpr const char *name = "gru";
-  static constexpr int G = 3, S = 1, P = 0, A = 4, Q = 0;
-  static constexpr bool shared = false;
+  static constexpr int G = 3, S = 1, P = 0, M = 0, D = 0, A = 4, Q = 0;
+  static constexpr bool shared = false, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&s)[S], V (&t)[S], V *a) {
     const V reset = sigmoid(x[0] + r[0]);
@@ -63,6 +73,7 @@ struct Gru {
     a[0] = reset; a[1] = z; a[2] = r[2]; a[3] = n;
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *a, const V (&s)[S], const V (&)[S], const V (&dt)[S],
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -81,11 +92,12 @@ struct Gru {
   }
 };
 
-struct GruResetBefore {
+struct GruResetBeforeCell {
   static constexpr const char *name = "gru_reset_before";
-  static constexpr int G = 3, S = 1, P = 0, A = 3, Q = 1;
-  static constexpr bool shared = true;
+  static constexpr int G = 3, S = 1, P = 0, M = 0, D = 0, A = 3, Q = 1;
+  static constexpr bool shared = true, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&s)[S], V (&t)[S], V *a) {
     const V reset = sigmoid(x[0] + r[0]);
@@ -95,6 +107,7 @@ struct GruResetBefore {
     a[0] = reset; a[1] = z; a[2] = n;
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *a, const V (&s)[S], const V (&)[S], const V (&dt)[S], const V &dv,
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -111,12 +124,14 @@ struct GruResetBefore {
     total[0] = dt[0];
   }
 
+  using operand_rounds = NoRounds;
   template <class V>
   static inline void operand(const V (&x)[G], const V (&r)[G], const V (&s)[S], V &v) {
     const V reset = sigmoid(x[0] + r[0]);
     v = reset * s[0];
   }
 
+  using second_adjoint_rounds = NoRounds;
   template <class V>
   static inline void second_adjoint(const V *a, const V (&s)[S], const V (&)[S], const V (&dt)[S], V &v, V (&dr)[Q]) {
     const V reset = a[0];
@@ -127,16 +142,18 @@ struct GruResetBefore {
   }
 };
 
-struct RnnTanh {
+struct RnnTanhCell {
   static constexpr const char *name = "rnn_tanh";
-  static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
-  static constexpr bool shared = true;
+  static constexpr int G = 1, S = 1, P = 0, M = 0, D = 0, A = 0, Q = 0;
+  static constexpr bool shared = true, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = tanh(x[0] + r[0]);
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *, const V (&)[S], const V (&t)[S], const V (&dt)[S],
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -148,16 +165,18 @@ struct RnnTanh {
   }
 };
 
-struct RnnRelu {
+struct RnnReluCell {
   static constexpr const char *name = "rnn_relu";
-  static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
-  static constexpr bool shared = true;
+  static constexpr int G = 1, S = 1, P = 0, M = 0, D = 0, A = 0, Q = 0;
+  static constexpr bool shared = true, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = relu(x[0] + r[0]);
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *, const V (&)[S], const V (&t)[S], const V (&dt)[S],
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -169,16 +188,18 @@ struct RnnRelu {
   }
 };
 
-struct RnnSigmoid {
+struct RnnSigmoidCell {
   static constexpr const char *name = "rnn_sigmoid";
-  static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
-  static constexpr bool shared = true;
+  static constexpr int G = 1, S = 1, P = 0, M = 0, D = 0, A = 0, Q = 0;
+  static constexpr bool shared = true, recurrent = true, means = false;
 
+  using forward_rounds = NoRounds;
   template <class V>
   static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
     t[0] = sigmoid(x[0] + r[0]);
   }
 
+  using backward_rounds = NoRounds;
   template <class V>
   static inline void backward(const V *, const V (&)[S], const V (&t)[S], const V (&dt)[S],
       V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -191,13 +212,13 @@ struct RnnSigmoid {
 };
 
 // f(Cell{}) of the cell of that name.
-template <class F> auto with_cell(const std::string &name, F f) -> decltype(f(Lstm{})) {
-  if (name == Lstm::name) return f(Lstm{});
-  if (name == Gru::name) return f(Gru{});
-  if (name == GruResetBefore::name) return f(GruResetBefore{});
-  if (name == RnnTanh::name) return f(RnnTanh{});
-  if (name == RnnRelu::name) return f(RnnRelu{});
-  if (name == RnnSigmoid::name) return f(RnnSigmoid{});
+template <class F> auto with_cell(const std::string &name, F f) -> decltype(f(LstmCell{})) {
+  if (name == LstmCell::name) return f(LstmCell{});
+  if (name == GruCell::name) return f(GruCell{});
+  if (name == GruResetBeforeCell::name) return f(GruResetBeforeCell{});
+  if (name == RnnTanhCell::name) return f(RnnTanhCell{});
+  if (name == RnnReluCell::name) return f(RnnReluCell{});
+  if (name == RnnSigmoidCell::name) return f(RnnSigmoidCell{});
   throw std::invalid_argument("no compiled cell '" + name + "'");
 }
 

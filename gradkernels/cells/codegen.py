@@ -1,13 +1,15 @@
 """The functions of a cell as a C++ struct, and `python -m gradkernels.cells.codegen`, which writes csrc/cells.gen.h.
 
 The printed Python of a cell is arithmetic that C++ writes in the same way, so it is carried over statement by statement:
-numbers become V(number), tuples become arrays.
+numbers become V(number), tuples become arrays. Where a cell has means over the units of a row, which nobody has in one place,
+each function is cut at them into rounds (`rounds.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 import threading
@@ -15,22 +17,39 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .bind import Cell
+from .rounds import cut
 
 HEADER = Path(__file__).parents[2] / "csrc" / "cells.gen.h"
+
+# The cells that are built with the package: those of torch, and few enough that building takes minutes. All others are built
+# where they are used.
+COMPILED = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
 
 # Parameters and results of each function, in the order of their C++ declaration.
 _PARAMETERS = {
     "x": "const V (&{})[G]",
     "r": "const V (&{})[G]",
     "s": "const V (&{})[S]",
+    "p": "const V (&{})[P]",
+    "m": "const V (&{})[M]",
+    "d": "const V (&{})[D]",
     "t": "const V (&{})[S]",
     "dt": "const V (&{})[S]",
     "a": "const V *{}",
     "dv": "const V &{}",
+    "kept": "V *{}",
+    "mean": "const V *{}",
 }
 _RESULTS = {
     "forward": {"t": "V (&{})[S]", "a": "V *{}"},
-    "backward": {"dx": "V (&{})[G]", "dr": "V (&{})[G]", "ds": "V (&{})[S]", "total": "V (&{})[S]"},
+    "backward": {
+        "dx": "V (&{})[G]",
+        "dr": "V (&{})[G]",
+        "ds": "V (&{})[S]",
+        "dp": "V (&{})[P]",
+        "dd": "V (&{})[D]",
+        "total": "V (&{})[S]",
+    },
     "operand": {"v": "V &{}"},
     "second_adjoint": {"v": "V &{}", "dr": "V (&{})[Q]"},
 }
@@ -44,22 +63,20 @@ _PARSING = threading.Lock()
 def struct(cell: Cell, qualifiers: str = "static inline") -> str:
     """The C++ struct of a cell; csrc/cells.gen.h says what its members are. `qualifiers`: of its functions.
 
-    Raises:
-        NotImplementedError: it has per-unit parameters or `mean`, which the C++ drivers do not have.
-        ValueError: its name cannot be one in C++.
-
     >>> from gradkernels.cells import get
     >>> print(struct(get("rnn_relu")))
-    struct RnnRelu {
+    struct RnnReluCell {
       static constexpr const char *name = "rnn_relu";
-      static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
-      static constexpr bool shared = true;
+      static constexpr int G = 1, S = 1, P = 0, M = 0, D = 0, A = 0, Q = 0;
+      static constexpr bool shared = true, recurrent = true, means = false;
     <BLANKLINE>
+      using forward_rounds = NoRounds;
       template <class V>
       static inline void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
         t[0] = relu(x[0] + r[0]);
       }
     <BLANKLINE>
+      using backward_rounds = NoRounds;
       template <class V>
       static inline void backward(const V *, const V (&)[S], const V (&t)[S], const V (&dt)[S],
           V (&dx)[G], V (&dr)[G], V (&ds)[S], V (&total)[S]) {
@@ -72,36 +89,43 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
     };
     <BLANKLINE>
     """
-    if cell.P:
-        raise NotImplementedError(
-            f"cell '{cell.name}' has per-unit parameters p, which the C++ drivers cannot pass yet"
-        )
     with _PARSING:
         module = ast.parse(cell.source)
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
-    used = {n.id for n in ast.walk(module) if isinstance(n, ast.Name)}
-    if "mean" in used:
-        raise NotImplementedError(f"cell '{cell.name}' has mean, a sum over units, which the C++ drivers cannot do yet")
-    if not cell.name.isidentifier() or not cell.name.isascii():
-        raise ValueError(f"a C++ struct cannot be named after cell '{cell.name}'")
-    shared = "true" if not cell.split else "false"
+    flag = lambda value: "true" if value else "false"
     lines = [
         f"struct {type_name(cell)} {{",
-        f'  static constexpr const char *name = "{cell.name}";',
-        f"  static constexpr int G = {cell.G}, S = {cell.S}, P = {cell.P}, A = {cell.A}, Q = {len(cell.second)};",
-        f"  static constexpr bool shared = {shared};",
+        f"  static constexpr const char *name = {json.dumps(cell.name)};",
+        f"  static constexpr int G = {cell.G}, S = {cell.S}, P = {cell.P}, M = {cell.M}, D = {cell.D}, A = {cell.A}, Q = {len(cell.second)};",
+        f"  static constexpr bool shared = {flag(not cell.split)}, recurrent = {flag(cell.recurrent)}, means = {flag(cell.means)};",
     ]
-    for name, results in _RESULTS.items():
-        if name in functions:
-            lines += ["", *_function(functions[name], results, qualifiers)]
+    has = {"dp": cell.P, "dd": cell.D}
+    for name, every in _RESULTS.items():
+        if name not in functions:
+            continue
+        results = {k: v for k, v in every.items() if has.get(k, True)}
+        f = functions[name]
+        given = [a.arg for a in f.args.args]
+        if not cell.means:
+            lines += ["", f"  using {name}_rounds = NoRounds;"]
+            lines += _function(name, given, f.body, results, qualifiers)
+            continue
+        parts = cut(f)
+        means = ", ".join(str(n) for n in [*parts.means, 0])
+        lines += [
+            "",
+            f"  struct {name}_rounds {{",
+            f"    static constexpr int count = {len(parts.means)}, kept = {parts.kept}, means[] = {{{means}}};",
+            "  };",
+        ]
+        for k, body in enumerate(parts.bodies):
+            made = results if k == len(parts.means) else {"out": "V *{}"}
+            lines += _function(name, [f"Round<{k}>", *given, "kept", "mean"], body, made, qualifiers)
     return "\n".join([*lines, "};\n"])
 
 
 def device_struct(cell: Cell) -> str:
     """The text of cells.cuh, which every CUDA kernel includes: the struct of one cell, over the functions of math.cuh.
-
-    Raises:
-        NotImplementedError, ValueError: as `struct`.
 
     >>> from gradkernels.cells import get
     >>> print(device_struct(get("rnn_relu")))  # doctest: +ELLIPSIS
@@ -111,11 +135,17 @@ def device_struct(cell: Cell) -> str:
     <BLANKLINE>
     namespace gk {
     <BLANKLINE>
-    struct RnnRelu {
-      static constexpr const char *name = "rnn_relu";
-      static constexpr int G = 1, S = 1, P = 0, A = 0, Q = 0;
-      static constexpr bool shared = true;
+    template <int K> struct Round {};
+    struct NoRounds {
+      static constexpr int count = 0, kept = 0, means[] = {0};
+    };
     <BLANKLINE>
+    struct RnnReluCell {
+      static constexpr const char *name = "rnn_relu";
+      static constexpr int G = 1, S = 1, P = 0, M = 0, D = 0, A = 0, Q = 0;
+      static constexpr bool shared = true, recurrent = true, means = false;
+    <BLANKLINE>
+      using forward_rounds = NoRounds;
       template <class V>
       GK_DEVICE static void forward(const V (&x)[G], const V (&r)[G], const V (&)[S], V (&t)[S], V *) {
         t[0] = relu(x[0] + r[0]);
@@ -124,8 +154,16 @@ def device_struct(cell: Cell) -> str:
     } // namespace gk
     <BLANKLINE>
     """
-    return _DEVICE.format(name=cell.name, struct=struct(cell, "GK_DEVICE static"))
+    return _DEVICE.format(name=cell.name, rounds=ROUNDS, struct=struct(cell, "GK_DEVICE static"))
 
+
+# As in csrc/cell.h, which no kernel of a GPU includes.
+ROUNDS = """\
+template <int K> struct Round {};
+struct NoRounds {
+  static constexpr int count = 0, kept = 0, means[] = {0};
+};
+"""
 
 _DEVICE = """\
 // The cell {name}, printed by gradkernels/cells/codegen.py.
@@ -134,6 +172,7 @@ _DEVICE = """\
 
 namespace gk {{
 
+{rounds}
 {struct}
 }} // namespace gk
 """
@@ -150,16 +189,23 @@ _TEMPLATE = """\
 // Written by `python -m gradkernels.cells.codegen` from gradkernels/cells; a test compares. Do not edit.
 // clang-format off
 #pragma once
+#include "cell.h"
 #include <stdexcept>
 #include <string>
 
 // One struct per cell: pure arithmetic over a value type V, which has + - * / and unary -, comparisons that where(c, a, b)
 // accepts, construction from a number, and the functions named here (sigmoid, tanh ...), found by argument-dependent lookup.
 //
-// Sizes: G gates, S states, A values kept for backward, Q products of another value than s[0] (those of the last Q gates).
-// x[G], r[G]: pre-activations of the input and of the recurrent product; s[S], t[S]: states before and after; a[A]: kept values.
-// dt[S] -> dx[G], dr[G], ds[S]: adjoints; total[S]: full adjoints of t. shared: dx and dr are the same.
+// Sizes: G gates, S states, P parameters, M masks, D values of some steps ago, A values kept for backward, Q products of another
+// value than s[0] (those of the last Q gates).
+// x[G], r[G]: pre-activations of the input and of the recurrent product; s[S], t[S]: states before and after; a[A]: kept values;
+// p[P], m[M], d[D]: where a cell has them. dt[S] -> dx[G], dr[G], ds[S], dp[P], dd[D]: adjoints; total[S]: full adjoints of t.
+// shared: dx and dr are the same. Not recurrent: r is not read.
 // Where Q > 0: v is what the last Q products are taken of, dv its adjoint. Results may not overlap with arguments.
+//
+// Where a cell has means over the units of a row, a function f is in rounds: f(Round<k>, .., kept, mean, out) computes what
+// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: all means of
+// earlier rounds, one after the other; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
 namespace gk {{
 
 {structs}
@@ -173,7 +219,8 @@ template <class F> auto with_cell(const std::string &name, F f) -> decltype(f({f
 
 
 def type_name(cell: Cell) -> str:
-    return "".join(part.capitalize() for part in cell.name.split("_"))
+    """`lstm` -> LstmCell; what C++ cannot have in a name is left out."""
+    return "".join(part[:1].upper() + part[1:] for part in re.split(r"[\W_]+", cell.name, flags=re.ASCII)) + "Cell"
 
 
 class _Numbers(ast.NodeTransformer):
@@ -196,20 +243,24 @@ def _expression(node: ast.expr) -> str:
     return ast.unparse(_Numbers().visit(node))
 
 
-def _function(node: ast.FunctionDef, results: dict[str, str], qualifiers: str) -> list[str]:
-    read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+def _function(
+    name: str, given: list[str], statements: list[ast.stmt], results: dict[str, str], qualifiers: str
+) -> list[str]:
+    read = {n.id for s in statements for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     body: list[str] = []
     tuples: dict[str, list[ast.expr]] = {}
-    for statement in node.body:
+    for statement in statements:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Tuple(elts=elts)):
-                tuples[name] = elts
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            case ast.Assign(targets=[ast.Name(id=variable)], value=ast.Tuple(elts=elts)):
+                tuples[variable] = elts
+            case ast.Assign(targets=[ast.Name(id=variable)], value=value):
                 kind = "auto" if isinstance(value, ast.Compare) else "V"
-                body.append(f"const {kind} {name} = {_expression(value)};")
+                body.append(f"const {kind} {variable} = {_expression(value)};")
+            case ast.Assign(targets=[ast.Subscript() as place], value=value):
+                body.append(f"{ast.unparse(place)} = {_expression(value)};")
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id=group)):
                 unpacked = [(k, ast.unparse(n)) for k, n in enumerate(names)]
-                body += [f"const V {name} = {group}[{k}];" for k, name in unpacked if name in read]
+                body += [f"const V {variable} = {group}[{k}];" for k, variable in unpacked if variable in read]
             case ast.Return(value=ast.Tuple(elts=values)):
                 body += _results(values, results, tuples)
             case ast.Return(value=ast.expr() as value):
@@ -218,9 +269,9 @@ def _function(node: ast.FunctionDef, results: dict[str, str], qualifiers: str) -
                 raise AssertionError(f"not a statement of a printed cell: {ast.unparse(statement)}")
     mentioned = set(re.findall(r"\w+", "\n".join(body)))
     declare = lambda name, text: text.format(name if name in mentioned else "")
-    given = ", ".join(declare(a.arg, _PARAMETERS[a.arg]) for a in node.args.args)
+    parameters = ", ".join(declare(a, _PARAMETERS.get(a, a)) for a in given)
     made = ", ".join(declare(*item) for item in results.items())
-    head = f"{qualifiers} void {node.name}({given}, {made}) {{"
+    head = f"{qualifiers} void {name}({parameters}, {made}) {{"
     head = head if len(head) < 118 else head.replace(f", {made}", f",\n      {made}")
     return [f"  {line}" for line in ["template <class V>", head, *(f"  {line}" for line in body), "}"]]
 
@@ -247,12 +298,12 @@ def _results(values: list[ast.expr], results: dict[str, str], tuples: dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from . import CELLS
+    from . import get
 
     parser = argparse.ArgumentParser(prog="python -m gradkernels.cells.codegen", description="Write csrc/cells.gen.h.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the file is not current")
     options = parser.parse_args(arguments)
-    text = header(CELLS.values())
+    text = header(map(get, COMPILED))
     if options.check:
         if HEADER.exists() and HEADER.read_text(encoding="utf-8") == text:
             return 0

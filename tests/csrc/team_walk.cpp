@@ -48,7 +48,7 @@ struct Net {
     q.T = T, q.B = B, q.I = H, q.H = H, q.R = H, q.threads = threads;
     q.x = x.data(), q.w_ih = w_ih.data(), q.w_hh = w_hh.data(), q.s0[0] = h0.data();
     q.seq[0] = y.data(), q.final[0] = last.data();
-    recurrent_forward<RnnTanh, float, float>(q);
+    recurrent_forward<RnnTanhCell, float, float>(q);
     return y;
   }
 };

@@ -1,0 +1,121 @@
+"""A function of a cell cut at its means: rounds between which those who share the units of a row add up."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Statements of each round, the last one with the function's own result.
+
+    Beside the function's own variables they read `mean[k]`, means of earlier rounds, and read and write `kept[k]`, values that
+    an earlier round leaves to a later one. Round k writes `out[0] .. out[means[k] - 1]`, what its means are taken of."""
+
+    bodies: list[list[ast.stmt]]
+    means: list[int]  # of each round but the last
+    kept: int
+
+
+def cut(function: ast.FunctionDef) -> Cut:
+    """Every value is computed once, in the first round that needs it; means that do not wait for each other share a round.
+
+    >>> f = ast.parse('''
+    ... def forward(x, r, s):
+    ...     u = exp(x[0])
+    ...     u1 = mean(u)
+    ...     v = u - u1
+    ...     u2 = mean(v * v)
+    ...     return (v / u2 * u,), ()
+    ... ''').body[0]
+    >>> parts = cut(f)
+    >>> parts.means, parts.kept
+    ([1, 1], 2)
+    >>> for body in parts.bodies:
+    ...     print("; ".join(ast.unparse(statement) for statement in body))
+    u = exp(x[0]); out[0] = u; kept[0] = u
+    u = kept[0]; u1 = mean[0]; v = u - u1; out[0] = v * v; kept[1] = v
+    u = kept[0]; v = kept[1]; u2 = mean[1]; return ((v / u2 * u,), ())
+    """
+    *statements, result = function.body
+    made = {name: statement for statement in statements for name in _targets(statement)}
+    operands = {name: s.value.args[0] for name, s in made.items() if _is_mean(s)}  # type: ignore[attr-defined]
+    depth: dict[str, int] = {}  # the round in which a variable can be computed
+
+    def ready(node: ast.AST) -> int:
+        return max((depth[n] for n in _names(node) if n in depth), default=0)
+
+    for name, statement in made.items():
+        depth[name] = ready(operands[name]) + 1 if name in operands else ready(statement)
+    rounds = max((depth[name] for name in operands), default=0)
+    means = [[name for name in operands if depth[name] == k + 1] for k in range(rounds)]
+    place = {name: k for k, name in enumerate(name for group in means for name in group)}
+
+    # A condition is no number, and what a group of arguments holds is there in every round: neither is kept.
+    again = {name for name, s in made.items() if isinstance(s.value, (ast.Compare, ast.Name, ast.Tuple))}
+    bodies: list[list[ast.stmt]] = []
+    fresh: list[list[str]] = []  # what each round computes
+    loads: list[list[str]] = []
+    for k in range(rounds + 1):
+        roots: list[ast.AST] = [operands[name] for name in means[k]] if k < rounds else [result]
+        needed = _closure(roots, made, operands, stop={name for group in fresh for name in group} - again)
+        order = [name for name in made if name in needed]
+        loads.append([name for name in order if name not in again and any(name in group for group in fresh)])
+        fresh.append([name for name in order if name not in operands and name not in loads[k]])
+        body = [_assign(name, f"mean[{place[name]}]") for name in order if name in operands]
+        body += {id(made[name]): made[name] for name in fresh[k]}.values()  # one that unpacks a group makes several
+        body += [_store(f"out[{j}]", operands[name]) for j, name in enumerate(means[k])] if k < rounds else [result]
+        bodies.append(body)
+    later = {name for group in loads for name in group}
+    kept = {name: k for k, name in enumerate(name for group in fresh for name in group if name in later)}
+    for k, body in enumerate(bodies):
+        body[:0] = [_assign(name, f"kept[{kept[name]}]") for name in loads[k]]
+        if k < rounds:
+            body += [_store(f"kept[{kept[name]}]", ast.Name(name, ast.Load())) for name in fresh[k] if name in kept]
+    return Cut(bodies, [len(group) for group in means], len(kept))
+
+
+def _targets(statement: ast.stmt) -> list[str]:
+    assert isinstance(statement, ast.Assign)
+    (target,) = statement.targets
+    return [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+
+
+def _is_mean(statement: ast.stmt) -> bool:
+    call = getattr(statement, "value", None)
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "mean"
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+
+
+def _closure(
+    roots: list[ast.AST], made: dict[str, ast.stmt], operands: dict[str, ast.expr], stop: set[str]
+) -> set[str]:
+    """The variables that these need; nobody looks behind a mean or what an earlier round has computed."""
+    needed: set[str] = set()
+    todo = list(roots)
+    while todo:
+        for name in _names(todo.pop()):
+            if name in made and name not in needed:
+                needed.add(name)
+                if name not in operands and name not in stop:
+                    todo.append(made[name].value)  # type: ignore[attr-defined]
+    return needed
+
+
+def _assign(name: str, text: str) -> ast.stmt:
+    return _parsed(f"{name} = {text}")
+
+
+def _store(place: str, value: ast.expr) -> ast.stmt:
+    statement = _parsed(f"{place} = 0")
+    assert isinstance(statement, ast.Assign)
+    statement.value = value
+    return statement
+
+
+def _parsed(text: str) -> ast.stmt:
+    return ast.parse(text).body[0]
