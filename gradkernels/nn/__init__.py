@@ -6,6 +6,7 @@ from gradkernels.nn.conv import CausalConv1d
 from gradkernels.nn.norm import LayerNorm, ResidualBlock
 from gradkernels.nn.readout import AttentionReadout
 from gradkernels.nn.recurrent import GRU, LSTM, RNN, Recurrent, RNNBase
+from gradkernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from gradkernels.nn.wavenet import WaveNet
 
 __all__ = [
@@ -23,5 +24,7 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "ResidualBlock",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "WaveNet",
 ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradkernels.nn.norm import ResidualBlock
+from gradkernels.nn.remake import remade, rounded
 from gradkernels.ops import attention
 from gradkernels.ops.attention import WIDEST
 
@@ -147,17 +148,20 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query, key, value, shared, packed) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, T, H * D], views of one tensor where one product makes them."""
         w, b, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        query = rounded(query)
         if self._qkv_same_embed_dim and packed:
-            return F.linear(query, w, b).chunk(3, -1)
+            return remade(F.linear, query, w, b).chunk(3, -1)
+        key = rounded(key)
+        value = key if shared else rounded(value)
         b_q, b_k, b_v = (None,) * 3 if b is None else b.chunk(3)
         if not self._qkv_same_embed_dim:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif shared:
-            both = F.linear(key, w[E:], None if b is None else b[E:])
-            return F.linear(query, w[:E], b_q), *both.chunk(2, -1)
+            both = remade(F.linear, key, w[E:], None if b is None else b[E:])
+            return remade(F.linear, query, w[:E], b_q), *both.chunk(2, -1)
         else:
             w_q, w_k, w_v = w.chunk(3)
-        return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+        return remade(F.linear, query, w_q, b_q), remade(F.linear, key, w_k, b_k), remade(F.linear, value, w_v, b_v)
 
     def _more_keys(self, q, k, v, seen):
         """What add_bias_kv and add_zero_attn put behind the keys."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradkernels.nn.remake import of, remade, remaking
 from gradkernels.ops import residual_norm
+from gradkernels.ops.residual_norm import fused
 
 
 class LayerNorm(nn.LayerNorm):
@@ -98,14 +100,36 @@ class ResidualBlock(nn.Module):
 
     def _around(self, input: Tensor, sublayer: Callable[[Tensor], Any]) -> Tensor:
         p = self.dropout if self.training else 0.0
-        normed = partial(
-            residual_norm, weight=self.weight, bias=self.bias, eps=self.eps, kind=self.norm_kind, prenorm=False
-        )
-        out = sublayer(normed(input, None) if self.norm == "pre" else input)
-        out = out[0] if isinstance(out, tuple) else out
-        return added(out, input, p) if self.norm == "pre" else normed(out, input, dropout_p=p)
+        with remaking():
+            if self.norm == "pre":
+                norm = partial(normed, eps=self.eps, kind=self.norm_kind)
+                out = sublayer(remade(norm, input, self.weight, self.bias))
+                return added(out[0] if isinstance(out, tuple) else out, input, p)
+            out = sublayer(input)
+            out = out[0] if isinstance(out, tuple) else out
+            return normed_sum(out, input, self.weight, self.bias, p, self.eps, self.norm_kind)
+
+
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str = "layer") -> Tensor:
+    """norm(x)"""
+    y: Tensor = residual_norm(x, None, weight, bias, eps=eps, kind=kind, prenorm=False)
+    return y
 
 
 def added(x: Tensor, residual: Tensor, p: float) -> Tensor:
     """residual + dropout(x); the kernel that knows a place's factor without a stored mask is that of the norm."""
     return residual + x if p == 0 else residual_norm(x, residual, dropout_p=p)[1]
+
+
+def normed_sum(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, p: float, eps: float, kind: str = "layer"
+) -> Tensor:
+    """norm(residual + dropout(x)), for which the sum is kept."""
+    y, s = residual_norm(x, residual, weight, bias, dropout_p=p, eps=eps, kind=kind)
+    return of(y, partial(normed, eps=eps, kind=kind), s, weight, bias)
+
+
+def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """dropout(x) by a seed that was drawn before, and so the same whenever it is made."""
+    s: Tensor = fused((x, None, None, None, seed), {"p": p, "eps": 0.0, "rms": True}, None)[1]
+    return s

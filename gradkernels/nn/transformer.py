@@ -1,0 +1,169 @@
+"""The layers of a Transformer with torch's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from gradkernels.nn.attention import MultiheadAttention, Seen, flattened, nested
+from gradkernels.nn.norm import LayerNorm, added, dropped, normed, normed_sum
+from gradkernels.nn.remake import remade, remaking, rounded
+from gradkernels.ops._fused import draw_seed
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def bare(*modules: nn.Module) -> bool:
+    """Calling these modules does what their classes say and nothing else: nobody listens, and nobody put others in their place."""
+    return not _has_any_global_hook() and all(
+        type(m) in (LayerNorm, nn.LayerNorm, nn.Linear, nn.Dropout, nn.ReLU, nn.GELU)
+        and not any(getattr(m, hooks) for hooks in HOOKS)
+        and "forward" not in m.__dict__
+        for m in modules
+    )
+
+
+def _ours(layer: nn.Module) -> None:
+    """The parts that torch's constructor has made become ours, as :func:`gradkernels.convert` has it."""
+    for part in layer.children():
+        if type(part) is nn.MultiheadAttention:
+            part.__class__ = MultiheadAttention
+        elif type(part) is nn.LayerNorm:
+            part.__class__ = LayerNorm
+
+
+def joined(x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: Any, dropout: Any, norm_first: bool) -> Tensor:
+    """x + dropout(sublayer(norm(x))) or norm(x + dropout(sublayer(x)))"""
+    if not bare(norm, dropout):
+        return x + dropout(sublayer(norm(x))) if norm_first else norm(x + dropout(sublayer(x)))
+    p = dropout.p if dropout.training else 0.0
+    if norm_first:
+        return added(sublayer(remade(partial(normed, eps=norm.eps), x, norm.weight, norm.bias)), x, p)
+    return normed_sum(sublayer(x), x, norm.weight, norm.bias, p, norm.eps)
+
+
+def feed_forward(x: Tensor, layer: Any) -> Tensor:
+    """linear2(dropout(activation(linear1(x)))), of which nothing is kept for backward where all that is known by name."""
+    act, first, dropout = layer.activation, layer.linear1, layer.dropout
+    if isinstance(act, (nn.ReLU, nn.GELU)) and bare(act):
+        act = F.relu if isinstance(act, nn.ReLU) else partial(F.gelu, approximate=act.approximate)
+    elif act not in (F.relu, F.gelu):
+        return layer.linear2(dropout(act(first(x))))
+    if not bare(first, dropout):
+        return layer.linear2(dropout(act(first(x))))
+    hidden = remade(act, remade(F.linear, rounded(x), first.weight, first.bias))
+    if dropout.training and dropout.p > 0:
+        hidden = remade(partial(dropped, p=dropout.p), hidden, draw_seed(hidden))
+    return layer.linear2(hidden)
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    r"""``torch.nn.TransformerEncoderLayer``, by the kernels of :func:`gradkernels.ops.attention` and ``residual_norm``.
+
+    Arguments, parameters, masks and ``state_dict`` are torch's; ``torch.nn.TransformerEncoder`` takes it as it takes torch's.
+    There is one path, in training and evaluation: queries that see no key give numbers and not NaN, ``is_causal`` means the same in
+    both, and nested tensors can be differentiated.
+
+    Of a layer that is trained only its input, what attention returns before its projection, and the sums on the residual path are
+    kept; norms, projections and the hidden layer are made again in backward, for a sixth to a quarter more multiplications.
+    Submodules that somebody hooks or replaces are called as torch calls them, and keep what they keep.
+
+    Vaswani et al. (2017); ``norm_first`` after Xiong et al. (2020).
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> layer = gk.nn.TransformerEncoderLayer(16, 4, dim_feedforward=32, batch_first=True)
+        >>> encoder = torch.nn.TransformerEncoder(layer, 2)
+        >>> encoder(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _ours(self)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        x, cu_seqlens = src, None
+        if src.is_nested:
+            if src_mask is not None or src_key_padding_mask is not None:
+                raise AssertionError("neither src_key_padding_mask nor src_mask are supported with NestedTensor input")
+            x, cu_seqlens = flattened(src)
+            attend = partial(self.self_attn.of_itself, seen=Seen(cu_seqlens=cu_seqlens))
+        else:
+            src_mask, src_key_padding_mask = _masks(src_mask, src_key_padding_mask, src)
+            attend = lambda v: _attended(self.self_attn, v, v, src_mask, src_key_padding_mask, is_causal)
+        with remaking():
+            x = joined(x, attend, self.norm1, self.dropout1, self.norm_first)
+            x = joined(x, partial(feed_forward, layer=self), self.norm2, self.dropout2, self.norm_first)
+        return x if cu_seqlens is None else nested(x, cu_seqlens, src.layout)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    r"""``torch.nn.TransformerDecoderLayer``, by the kernels of :func:`gradkernels.ops.attention` and ``residual_norm``.
+
+    Arguments, parameters, masks and ``state_dict`` are torch's; ``torch.nn.TransformerDecoder`` takes it as it takes torch's. What
+    is said of :class:`TransformerEncoderLayer` about what is kept for backward holds here too.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> layer = gk.nn.TransformerDecoderLayer(16, 4, dim_feedforward=32, batch_first=True)
+        >>> layer(torch.randn(2, 5, 16), memory=torch.randn(2, 7, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _ours(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        of_itself = lambda v: _attended(self.self_attn, v, v, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        of_memory = lambda v: _attended(
+            self.multihead_attn, v, memory, memory_mask, memory_key_padding_mask, memory_is_causal
+        )
+        with remaking():
+            x = joined(tgt, of_itself, self.norm1, self.dropout1, self.norm_first)
+            x = joined(x, of_memory, self.norm2, self.dropout2, self.norm_first)
+            return joined(x, partial(feed_forward, layer=self), self.norm3, self.dropout3, self.norm_first)
+
+
+def _attended(attn, query, key, attn_mask, key_padding_mask, is_causal):
+    return attn(
+        query,
+        key,
+        key,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        need_weights=False,
+        is_causal=is_causal,
+    )[0]
+
+
+def _masks(mask, padding, src):
+    """Checked under the names by which an encoder's caller knows them; of two dtypes both become additive, as in torch."""
+    mixed = mask is not None and padding is not None and mask.dtype != padding.dtype
+    rows = slice(None) if mixed else slice(0)  # no row of a mask is enough for its dtype to be checked
+    part = [v if v is None else v[rows] for v in (mask, padding)]
+    part[1] = F._canonical_mask(part[1], "src_key_padding_mask", F._none_or_dtype(mask), "src_mask", src.dtype)
+    part[0] = F._canonical_mask(part[0], "src_mask", None, "", src.dtype, check_other=False)
+    return part if mixed else (mask, padding)
