@@ -129,24 +129,29 @@ class Tile:
         return self.grid[0] * self.grid[1]
 
 
+def clocks(size: tuple[int, int], B: int, units: int, planes: int, number: Number, at: Limits) -> float:
+    """That tiles of `size` need for each value of a row: the most of what L2 takes, the way from there, the arithmetic."""
+    rows, columns = size[0], planes * size[1]
+    programs = triton.cdiv(B, rows) * triton.cdiv(units, size[1])
+    rounds, lines = triton.cdiv(programs, at.multiprocessors), (rows + columns) * number.bytes / L2_BYTES
+    return max(
+        programs / at.multiprocessors * lines / L2_SHARE, rounds * lines, rounds * rows * columns / number.products
+    )
+
+
+def stages(values: int, number: Number, at: Limits) -> int:
+    """Of chunks of so many values: those on their way fill half of shared memory, so that a multiprocessor has room for two
+    programs."""
+    return min(max(at.shared // 2 // (values * number.bytes) + 1, 2), 5)
+
+
 def tile(B: int, units: int, K: int, planes: int, number: Number, at: Limits) -> Tile:
-    """The tile that the busiest of three takes the fewest clocks for: L2, the way from there, the arithmetic.
-
-    Chunks on their way are to fill half of shared memory, so that two programs fit into a multiprocessor."""
-
-    def clocks(size: tuple[int, int]) -> float:  # for each value of a row
-        rows, columns = size[0], planes * size[1]
-        programs = triton.cdiv(B, rows) * triton.cdiv(units, size[1])
-        rounds, lines = triton.cdiv(programs, at.multiprocessors), (rows + columns) * number.bytes / L2_BYTES
-        return max(
-            programs / at.multiprocessors * lines / L2_SHARE, rounds * lines, rounds * rows * columns / number.products
-        )
-
-    BM, BU = min(((m, u) for m, u in TILES if m < 2 * max(B, ROWS) and m * u <= number.largest), key=clocks)
+    """The tile that takes the fewest clocks."""
+    sizes = [(m, u) for m, u in TILES if m < 2 * max(B, ROWS) and m * u <= number.largest]
+    BM, BU = min(sizes, key=lambda size: clocks(size, B, units, planes, number, at))
     grid = (triton.cdiv(units, BU), triton.cdiv(B, BM), 1)
     BK = number.chunk(K)
-    chunks = at.shared // 2 // ((BM + planes * BU) * BK * number.bytes)
-    chosen = options(8 if BM * BU > 2048 else 4) | {"num_stages": min(max(chunks + 1, 2), 5)}
+    chosen = options(8 if BM * BU > 2048 else 4) | {"num_stages": stages((BM + planes * BU) * BK, number, at)}
     return Tile(BM, BU, BK, grid, chosen | ({"launch_pdl": True} if at.overlap else {}))
 
 
