@@ -1,4 +1,4 @@
-"""python -m gradkernels demo | bench | doctor | backends."""
+"""python -m gradkernels demo | bench | flow | doctor | backends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gradkernels import demo
 from gradkernels.backends import backends as table
 from gradkernels.doctor import as_dict
 from gradkernels.doctor import doctor as diagnosis
+from gradkernels.flow import command as flow
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
 
     demo.add_arguments(add("demo", demo.run, "train a character model with torch and with gradkernels, side by side"))
     add("bench", None, "measure kernels against torch; `bench --help` lists the options")
+    text = "see how far gradients travel: train small models, write a page, serve it live"
+    flow.add_arguments(add("flow", flow.run, text))
     text = "what this machine can run, why not, and what to do about it"
     add("doctor", doctor, text).add_argument("--json", action="store_true", help="print one JSON object")
     text = "the backends, and why one cannot run"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,51 +36,48 @@ def snapshots(source: Any) -> dict[str, Snapshot]:
     return {str(name): snapshot for name, one in source.items() for snapshot in snapshots(one).values()}
 
 
-def payload(source: Any, after: Mapping[str, int] | None = None, most: int = MOST) -> dict[str, Any]:
-    """The JSON of a page, in which rows of norms are packed; of steps up to `after[run]` only what is not a row.
+def payload(source: Any, seen: Mapping[str, Sequence[int]] | None = None, most: int = MOST) -> dict[str, Any]:
+    """The JSON of a page, in which long rows of numbers are packed, and left out as far as the page has them.
 
-    Rows make up nearly all of it, and the page of a live view has those of earlier steps already.
+    `seen` are the last training step and the last step of a spectrum that a page has, by run. What it has not is nearly nothing of
+    the whole, second by second. The last spectra are sent again: they may have been taken one matrix at a time.
     """
-    after = after or {}
-    return {"runs": [_run(name, s, after.get(name, -1), most) for name, s in snapshots(source).items()]}
+    seen = seen or {}
+    runs = [_run(name, s, *seen.get(name, (-1, -1)), most) for name, s in snapshots(source).items()]
+    return {"runs": runs}
 
 
-def pack(row: list[float | None] | None) -> str | None:
+def last(snapshot: Snapshot) -> list[int]:
+    """What a page has seen that has all of a snapshot."""
+    spectra = snapshot.get("spectra") or ()
+    return [snapshot["steps"][-1] if snapshot["steps"] else -1, spectra[-1]["step"] if spectra else -1]
+
+
+def pack(row: Iterable[float | None] | None) -> str | None:
     """Little-endian float32 in base64, NaN where there is nothing."""
     return None if row is None else base64.b64encode(np.array(row, dtype="<f4").tobytes()).decode()
 
 
-def kept(snapshot: Snapshot, most: int) -> list[int]:
-    """The indices of the steps that a page shows: all of them, or those whose turn a power of two divides, and the last.
+def thin(ordinals: Sequence[int], numbers: int, most: int) -> list[int]:
+    """Indices of what a page shows of things that make up `numbers` numbers: all, or those whose ordinal a power of two divides.
 
-    What is kept as training goes on is so a part of what was kept before, and no row has to be sent twice.
+    The last is always there. As time goes on what is shown is a part of what was shown before, so that nothing has to be sent twice.
     """
-    steps, every = snapshot["steps"], max(1, snapshot.get("every") or 1)
-    numbers = sum(
-        len(row)
-        for layer in snapshot["layers"]
-        for kind in ROWS
-        for rows in layer[kind].values()
-        for row in rows
-        if row
-    )
-    found, stride = list(range(len(steps))), 1
-    while len(found) > 2 and len(found) * numbers > most * len(steps):
+    found, stride = list(range(len(ordinals))), 1
+    while len(found) > 2 and len(found) * numbers > most * len(ordinals):
         stride *= 2
-        found = [i for i, step in enumerate(steps) if step // every % stride == 0 or i == len(steps) - 1]
+        found = [i for i, n in enumerate(ordinals) if n % stride == 0 or i == len(ordinals) - 1]
     return found
 
 
-def _run(name: str, snapshot: Snapshot, after: int, most: int) -> dict[str, Any]:
-    chosen = kept(snapshot, most)
-    new = [i for i in chosen if snapshot["steps"][i] > after]
+def _run(name: str, snapshot: Snapshot, after: int, after_spectrum: int, most: int) -> dict[str, Any]:
+    steps, every = snapshot["steps"], max(1, snapshot.get("every") or 1)
+    every_row = (row for layer in snapshot["layers"] for kind in ROWS for rows in layer[kind].values() for row in rows)
+    # Steps are counted from 1. Some things are measured at every 16th recorded step only: powers of two keep those.
+    chosen = thin([(step - 1) // every for step in steps], sum(len(row) for row in every_row if row), most)
+    new = [i for i in chosen if steps[i] > after]
     run = {key: value for key, value in snapshot.items() if key not in PER_STEP}
-    run |= {
-        "name": name,
-        "steps": [snapshot["steps"][i] for i in chosen],
-        "recorded": len(snapshot["steps"]),
-        "have": len(chosen) - len(new),
-    }
+    run |= {"name": name, "steps": [steps[i] for i in chosen], "recorded": len(steps), "have": len(chosen) - len(new)}
     for part, fields in PER_STEP.items():
         run[part] = [
             dict(entry) | {field: [entry[field][i] for i in chosen] for field in fields if field in entry}
@@ -89,4 +86,18 @@ def _run(name: str, snapshot: Snapshot, after: int, most: int) -> dict[str, Any]
     for layer in run["layers"]:
         for kind in ROWS:
             layer[kind] = {signal: [pack(rows[i]) for i in new] for signal, rows in layer[kind].items()}
-    return run
+    return run | _spectra(snapshot.get("spectra") or (), after_spectrum, most)
+
+
+def _spectra(spectra: Sequence[Mapping[str, Any]], after: int, most: int) -> dict[str, Any]:
+    steps = sorted({record["step"] for record in spectra})
+    shown = [steps[i] for i in thin(range(len(steps)), sum(3 * len(record["eigenvalues"]) for record in spectra), most)]
+    new = [record for record in spectra if record["step"] >= after and record["step"] in shown]
+    flat = {
+        "eigenvalues": lambda record: [part for value in record["eigenvalues"] for part in value],
+        "singular_values": lambda record: record["singular_values"],
+    }
+    return {
+        "spectra": [dict(record) | {key: pack(values(record)) for key, values in flat.items()} for record in new],
+        "spectrum_steps": shown,
+    }

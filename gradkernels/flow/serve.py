@@ -11,11 +11,14 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from gradkernels.flow.payload import Snapshot, payload, snapshots
+from gradkernels.flow.payload import Snapshot, last, payload, snapshots
 from gradkernels.flow.report import page
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # However many browsers ask, and however often: training is interrupted for one snapshot in so many seconds.
 SECONDS = 0.5
@@ -103,7 +106,7 @@ class Server:
             self._http.server_close()
             self._thread.join()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -142,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(HTTPStatus.OK, "text/html", page(data), "gradient-flow.html")
         if address.path == "/data":
             found, seen = owner.current(), _seen(query)
-            if seen == {name: _last(snapshot) for name, snapshot in found.items()}:
+            if seen == {name: last(snapshot) for name, snapshot in found.items()}:
                 return self._answer(HTTPStatus.NO_CONTENT)
             text = json.dumps(payload(found, seen), allow_nan=False, separators=(",", ":"))
             return self._answer(HTTPStatus.OK, "application/json", text)
@@ -179,14 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a request a second would bury what the training prints."""
 
 
-def _last(snapshot: Snapshot) -> int:
-    return snapshot["steps"][-1] if snapshot["steps"] else -1
-
-
-def _seen(query: Mapping[str, list[str]]) -> dict[str, int]:
-    """The last step that the page has of every run, from its query: a JSON object; all of it is sent to a page that asks oddly."""
+def _seen(query: Mapping[str, list[str]]) -> dict[str, list[int]]:
+    """What the page has of every run, from its query, see `payload`; a page that asks oddly is sent everything."""
     try:
         seen = json.loads(query.get("seen", ["{}"])[0])
-        return {str(name): int(step) for name, step in seen.items()}
+        return {str(name): [int(step), int(spectrum)] for name, (step, spectrum) in seen.items()}
     except (ValueError, TypeError, AttributeError):
         return {}

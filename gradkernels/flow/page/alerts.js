@@ -22,7 +22,7 @@ function alerts() {
     }
     const kinds = [...new Set([...KINDS, ...found.map((alert) => alert.kind)])].filter((kind) => found.some((alert) => alert.kind === kind));
     const height = 52 + 26 * kinds.length;
-    const [low, high] = [state.steps[0], Math.max(state.steps[state.steps.length - 1], state.steps[0] + 1)];
+    const [low, high] = [state.steps[0], Math.max(state.steps.at(-1), state.steps[0] + 1)];
     const margin = { left: 84, right: 12, top: 8, bottom: 40 };
     const frame = axes(width, height, { label: "training step", domain: [low, high], whole: true, format: String }, { label: "", domain: [0, kinds.length], format: () => "" }, margin);
     const lane = (kind) => frame.toY(kinds.length - kinds.indexOf(kind) - 0.5);

@@ -57,7 +57,7 @@ function roomy(range, least = 1e-9) {
 
 /**
  * A figure of lines that draws itself anew when its width or its data change.
- * `describe()` gives {label, x, y, series: [{name, points, dashed, hue}], cursor, empty}; axes without a domain get that of the points.
+ * `describe()` gives {label, x, y, series: [{name, points, dashed, hue}], cursor, label}; axes without a domain get that of the points.
  */
 function lineFigure(title, describe, height = 260) {
   const heading = make("figcaption", {}, title);
@@ -67,10 +67,10 @@ function lineFigure(title, describe, height = 260) {
   const paint = () => {
     const width = Math.floor(plot.clientWidth);
     if (!width) return;
-    const { x, y, series, cursor, label, empty } = describe();
+    const { x, y, series, cursor, label } = describe();
     const drawn = series.filter((s) => s.points.some(([, value]) => isNumber(value)));
     if (!drawn.length) {
-      plot.replaceChildren(make("p", { class: "empty" }, empty || "Nothing has been measured yet."));
+      plot.replaceChildren(make("p", { class: "empty" }, "Nothing has been measured yet."));
       legend.replaceChildren();
       return;
     }

@@ -42,14 +42,28 @@ function adopt(runs) {
       }
       layer.full = runs.length > 1 ? `${run.name} · ${layer.label}` : layer.label;
     }
+    if (!adoptSpectra(run, old)) return false;
   }
-  const latest = state.steps.length === 0 || state.step === state.steps[state.steps.length - 1];
+  const latest = state.steps.length === 0 || state.step === state.steps.at(-1);
   state.runs = runs;
   state.steps = [...new Set(runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
   // Whoever looks at the newest step goes on doing so.
-  if (latest && state.steps.length) state.step = state.steps[state.steps.length - 1];
+  if (latest && state.steps.length) state.step = state.steps.at(-1);
   if (!signals().includes(state.signal) && signals().length) state.signal = signals()[0];
   return true;
+}
+
+/** The spectra of a run, with those that the page has already; false when it lacks some of these. */
+function adoptSpectra(run, old) {
+  for (const record of run.spectra) {
+    const parts = unpack(record.eigenvalues);
+    record.eigenvalues = Array.from({ length: parts.length / 2 }, (_, i) => [parts[2 * i], parts[2 * i + 1]]);
+    record.singular_values = [...unpack(record.singular_values)];
+  }
+  const sent = new Set(run.spectra.map((record) => record.step));
+  const kept = (old?.spectra || []).filter((record) => !sent.has(record.step) && run.spectrum_steps.includes(record.step));
+  run.spectra = [...kept, ...run.spectra];
+  return run.spectrum_steps.every((step) => run.spectra.some((record) => record.step === step));
 }
 
 const layers = () => state.runs.flatMap((run) => run.layers);
@@ -89,7 +103,10 @@ function reference(layer, signal, row) {
 
 /** The row of a layer's signal at the i-th kept step as it is to be shown, NaN where there is nothing. */
 function shown(layer, signal, i) {
-  const row = layer.rows[signal]?.[i];
+  const rows = layer.rows[signal] || [];
+  // Saturation changes slowly and is measured at some steps only: it is taken to stay until it is measured again.
+  if (isShare(signal)) while (i >= 0 && !rows[i]) i -= 1;
+  const row = rows[i];
   if (!row) return null;
   const zero = reference(layer, signal, row);
   return zero === 0 ? row : row.map((value) => value - zero);

@@ -70,12 +70,12 @@ function heatmap(find) {
       return;
     }
     const T = length(layer, signal);
-    const gap = steps.length > 1 ? (steps[steps.length - 1] - steps[0]) / (steps.length - 1) : 1;
+    const gap = steps.length > 1 ? (steps.at(-1) - steps[0]) / (steps.length - 1) : 1;
     const height = 260;
     frame = axes(
       width,
       height,
-      { label: "training step", domain: [steps[0], steps[steps.length - 1] + gap], whole: true, format: String },
+      { label: "training step", domain: [steps[0], steps.at(-1) + gap], whole: true, format: String },
       { label: "time step t", domain: [0, T], whole: true, format: String },
     );
     frame.width = Math.max(1, frame.right - frame.left);
@@ -176,7 +176,7 @@ function heatmap(find) {
     const box = plot.getBoundingClientRect();
     const layer = find();
     const steps = layer.run.steps;
-    const toStep = linear([frame.left, frame.right], [steps[0], steps[steps.length - 1] + frame.gap]);
+    const toStep = linear([frame.left, frame.right], [steps[0], steps.at(-1) + frame.gap]);
     const time = Math.floor(linear([frame.bottom, frame.top], [0, frame.T])(event.clientY - box.top));
     const i = Math.max(0, indexAt(layer.run, toStep(event.clientX - box.left)));
     return [i, Math.max(0, Math.min(frame.T - 1, time))];

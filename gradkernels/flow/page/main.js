@@ -116,7 +116,7 @@ async function follow({ milliseconds }) {
   say("live", "live");
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, wait));
-    const seen = everything ? {} : Object.fromEntries(state.runs.map((run) => [run.name, run.steps[run.steps.length - 1] ?? -1]));
+    const seen = everything ? {} : Object.fromEntries(state.runs.map((run) => [run.name, [run.steps.at(-1) ?? -1, run.spectrum_steps.at(-1) ?? -1]]));
     try {
       const answer = await fetch(`data?${new URLSearchParams({ token: query.get("token"), seen: JSON.stringify(seen) })}`, { cache: "no-store" });
       if (!answer.ok) throw new Error(String(answer.status));

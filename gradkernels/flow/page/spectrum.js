@@ -54,7 +54,7 @@ function spectra() {
   function paint() {
     const found = records();
     const record = current();
-    const size = Math.min(plot.clientWidth, 420);
+    const size = Math.min(plot.clientWidth, 520);
     if (!record || !size) return;
     const before = found[found.indexOf(record) - 1];
     const far = Math.max(1.15, ...found.map((r) => (isNumber(r.radius) ? r.radius * 1.1 : 0)));

@@ -77,16 +77,18 @@ function profiles() {
   return { element: chart.element, update: chart.update, mark: chart.update };
 }
 
-/** A chart over training with a line per entry: `pick(run)` gives [name, values]. */
-function overTraining(title, y, pick, empty) {
+/** A chart over training with a line per entry: `pick(run)` gives [name, values]. `joined`: a line passes over steps that were not measured. */
+function overTraining(title, y, pick, joined = false) {
   const chart = lineFigure(title, () => ({
     x: { label: "training step", whole: true, format: String },
     y,
     series: state.runs.flatMap((run) =>
-      pick(run).map(([name, values, more]) => ({ name, points: values.map((value, i) => [run.steps[i], value]), ...more })),
+      pick(run).map(([name, values, more]) => {
+        const points = values.map((value, i) => [run.steps[i], value]);
+        return { name, points: joined ? points.filter(([, value]) => isNumber(value)) : points, ...more };
+      }),
     ),
     cursor: state.step,
-    empty,
   }));
   return { element: chart.element, update: chart.update, mark: chart.update };
 }
@@ -137,7 +139,7 @@ function parameters() {
   const lines = (field) => (run) =>
     (run.parameters || []).map((group, hue) => [state.runs.length > 1 ? `${run.name} · ${group.name}` : group.name, (group[field] || []).map(log10OrNull), { hue }]);
   return together(
-    overTraining("Norm of the gradient by parameters", { label: "‖∂L/∂W‖", decades: true }, lines("grad")),
-    overTraining("Size of an update relative to the weights", { label: "‖ΔW‖ / ‖W‖", decades: true }, lines("update_ratio")),
+    overTraining("Norm of the gradient by parameters", { label: "‖∂L/∂W‖", decades: true }, lines("grad"), true),
+    overTraining("Size of an update relative to the weights", { label: "‖ΔW‖ / ‖W‖", decades: true }, lines("update_ratio"), true),
   );
 }

@@ -1,0 +1,192 @@
+"""python -m gradkernels flow: small models that have to remember, their gradients watched, as a page and live.
+
+Every model reads the same T symbols, the first of which it has to name after the last. That takes a gradient which travels T - 1
+steps back; how far it gets at first, and how that changes, is what the page shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradkernels as gk
+from gradkernels.cells import CELLS
+from gradkernels.progress import Progress
+
+SYMBOLS = 8  # to remember one of; as many others follow it
+INITS: dict[str, Callable[[nn.Module, int], object]] = {
+    "default": lambda module, length: None,
+    "orthogonal": lambda module, length: gk.init.orthogonal_(module),
+    "identity": lambda module, length: gk.init.identity_(module),
+    "forget": lambda module, length: gk.init.forget_bias_(module, 3.0),
+    "chrono": lambda module, length: gk.init.chrono_(module, max(2, length)),
+}
+
+
+class Recall(nn.Module):
+    """Names the first of the symbols [T, B] that it has read: logits [B, SYMBOLS]."""
+
+    def __init__(self, cell: str, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2 * SYMBOLS, hidden)
+        self.recurrent = gk.nn.Recurrent(cell, hidden, hidden)
+        self.head = nn.Linear(hidden, SYMBOLS)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.embedding(symbols))[0][-1])
+
+
+def batches(length: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(symbols [T, B], targets [B]) without end: one of the first SYMBOLS, then others."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        symbols = torch.randint(SYMBOLS, 2 * SYMBOLS, (length, batch), generator=generator)
+        symbols[0] = torch.randint(SYMBOLS, (batch,), generator=generator)
+        yield symbols, symbols[0]
+
+
+def spec(text: str) -> tuple[str, str]:
+    """CELL or CELL:INIT."""
+    cell, _, init = text.partition(":")
+    init = init or "default"
+    if cell not in CELLS:
+        raise argparse.ArgumentTypeError(f"no cell {cell!r}; there are {', '.join(CELLS)}")
+    if init not in INITS:
+        raise argparse.ArgumentTypeError(f"no initialisation {init!r}; there are {', '.join(INITS)}")
+    return cell, init
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=spec,
+        metavar="CELL[:INIT]",
+        help=f"models to train side by side (rnn_tanh lstm lstm:chrono); initial weights: {', '.join(INITS)}",
+    )
+    parser.add_argument("--length", type=positive, default=60, help="symbols in a sequence (%(default)s)")
+    parser.add_argument("--hidden", type=positive, default=64, help="units (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="sequences in a batch (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="training steps (%(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of Adam (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and symbols (%(default)s)")
+    parser.add_argument("--html", metavar="FILE", default="flow.html", help="the report that is written (%(default)s)")
+    parser.add_argument("--live", action="store_true", help="serve the page while the models train, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="of the live page (a free one)")
+    parser.add_argument("--read", metavar="FILE", help="show snapshots that were saved as JSON instead of training")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, progress going to stderr")
+
+
+def train(args: argparse.Namespace, runs: dict[str, tuple[str, str]], show: Callable[[Any], object]) -> dict[str, Any]:
+    """What became of each run: its monitor, losses and alerts; `show` is given the monitors before the first step."""
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for name, (cell, init) in runs.items():
+            torch.manual_seed(args.seed)
+            model = Recall(cell, args.hidden)
+            INITS[init](model.recurrent, args.length)
+            alerts: list[gk.flow.Alert] = []
+            spectra = max(1, args.steps // 40)
+            monitor = stack.enter_context(gk.flow.watch(model, spectra=spectra, on_alert=alerts.append))
+            optimizer = torch.optim.Adam(model.parameters(), args.rate)
+            found[name] = {"monitor": monitor, "model": model, "optimizer": optimizer, "losses": [], "alerts": alerts}
+        show({name: run["monitor"] for name, run in found.items()})
+        progress = Progress(runs, args.steps, sys.stderr if args.json else sys.stdout)
+        with progress:
+            for _, (symbols, targets) in zip(range(args.steps), batches(args.length, args.batch, args.seed)):
+                for name, run in found.items():
+                    loss = F.cross_entropy(run["model"](symbols), targets)
+                    run["optimizer"].zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(run["model"].parameters(), 1.0)
+                    run["optimizer"].step()
+                    run["losses"].append(loss.item())
+                    progress.advance(name, 1, f"loss {run['losses'][-1]:.4f}")
+    return found
+
+
+def table(args: argparse.Namespace, found: dict[str, Any]) -> str:
+    """Losses and horizons at both ends of training, and what was noticed."""
+    few = max(1, args.steps // 10)
+    lines = [f"{'':16}  {'loss':>8}  {'horizon, first step':>20}  {'and last':>8}"]
+    for name, run in found.items():
+        first, last = (f"{v} of {args.length - 1}" for v in ends(run["monitor"]))
+        loss = math.fsum(run["losses"][-few:]) / few
+        lines.append(f"{name:16}  {loss:8.4f}  {first:>20}  {last:>8}")
+    lines.append(f"{'guessing':16}  {math.log(SYMBOLS):8.4f}")
+    lines += [f"\n{name}: {alert}" for name, run in found.items() for alert in run["alerts"]]
+    return "\n".join(lines)
+
+
+def ends(monitor: gk.flow.Monitor) -> tuple[int | None, int | None]:
+    """The memory horizon at the first and the last recorded step."""
+    (layer,) = monitor.snapshot()["layers"]
+    return layer["horizon"][0], layer["horizon"][-1]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train or read, write the report; 2 where a file cannot be read or written, or the port is taken."""
+    out = sys.stderr if args.json else sys.stdout
+    try:
+        return _run(args, out)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) or args.read:
+            print(f"python -m gradkernels flow: {error}", file=sys.stderr)
+            return 2
+        raise
+
+
+def _run(args: argparse.Namespace, out: Any) -> int:
+    server: list[gk.flow.Server] = []
+
+    def show(source: Any) -> None:
+        gk.flow.report(source, args.html)  # a path that cannot be written is known before an hour of training
+        if args.live:
+            server.append(gk.flow.serve(source, args.port))
+
+    if args.read:
+        source = json.loads(Path(args.read).read_text(encoding="utf-8"))
+        show(source)
+        said: dict[str, Any] = {"report": args.html}
+    else:
+        runs = {(c if i == "default" else f"{c}:{i}"): (c, i) for c, i in args.runs or _DEFAULT}
+        print(
+            f"Models of {args.hidden} units name the first of {args.length} symbols after the last; "
+            f"{args.steps} steps of {args.batch} sequences.",
+            file=out,
+        )
+        found = train(args, runs, show)
+        gk.flow.report({name: one["monitor"] for name, one in found.items()}, args.html)
+        print(f"\n{table(args, found)}\n", file=out)
+        said = {"report": args.html, "runs": {name: _summary(one) for name, one in found.items()}}
+    print(json.dumps(said) if args.json else f"The report is in {args.html}.")
+    if server:
+        print(f"The page stays at {server[0].url} until Ctrl-C.", file=out, flush=True)
+        server[0].wait()
+    return 0
+
+
+_DEFAULT = (("rnn_tanh", "default"), ("lstm", "default"), ("lstm", "chrono"))
+
+
+def _summary(one: dict[str, Any]) -> dict[str, Any]:
+    first, last = ends(one["monitor"])
+    alerts = [alert.to_dict() for alert in one["alerts"]]
+    return {"losses": one["losses"], "horizon_first": first, "horizon_last": last, "alerts": alerts}
