@@ -26,9 +26,7 @@ template <class Rounds> constexpr int known_means(int round) {
 // Parameters, masks and the delayed value of one unit, or as many units as V has lanes.
 template <class Cell, class V> struct Extras {
   V p[Cell::P ? Cell::P : 1], m[Cell::M ? Cell::M : 1], d[Cell::D ? Cell::D : 1];
-  auto groups() const {
-    return std::tuple_cat(some<(Cell::P > 0)>(p), some<(Cell::M > 0)>(m), some<(Cell::D > 0)>(d));
-  }
+  auto groups() const { return std::tuple_cat(some<(Cell::P > 0)>(p), some<(Cell::M > 0)>(m), some<(Cell::D > 0)>(d)); }
 
 private:
   template <bool has, class Group> static auto some(const Group &group) {

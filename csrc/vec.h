@@ -65,9 +65,9 @@ template <class T> struct Vec {
   friend Bits operator==(Vec a, Vec b) { return a.v == b.v; }
   friend Vec where(Bits c, Vec a, Vec b) { return c ? a.v : b.v; }
 
-  // min(x, bound) and max(x, bound) let a NaN in x through. Compilers turn the comparison into compare-and-blend, a
-  // quarter of the time of exp, so the instruction is named where there is one.
-  friend Vec min(Vec x, Vec bound) {
+  // at_most(x, bound) and at_least(x, bound) let a NaN in x through. Compilers turn the comparison into
+  // compare-and-blend, a quarter of the time of exp, so the instruction is named where there is one.
+  friend Vec at_most(Vec x, Vec bound) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
       return Raw(_mm512_maskz_min_ps(__mmask16(-1), bound.v, x.v));
@@ -82,7 +82,7 @@ template <class T> struct Vec {
     return x.v > bound.v ? bound.v : x.v;
 #endif
   }
-  friend Vec max(Vec x, Vec bound) {
+  friend Vec at_least(Vec x, Vec bound) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
       return Raw(_mm512_maskz_max_ps(__mmask16(-1), bound.v, x.v));
@@ -138,13 +138,13 @@ template <class T> inline Reduced<T> reduce(Vec<T> x) {
 }
 
 template <class T> inline Vec<T> exp(Vec<T> x) {
-  const auto [m, s] = reduce(max(min(x, Vec<T>(Exp<T>::high)), Vec<T>(Exp<T>::low)));
+  const auto [m, s] = reduce(at_least(at_most(x, Vec<T>(Exp<T>::high)), Vec<T>(Exp<T>::low)));
   return (m + Vec<T>(1)) * s;
 }
 template <class T> inline Vec<T> sigmoid(Vec<T> x) { return Vec<T>(1) / (Vec<T>(1) + exp(-x)); }
 template <class T> inline Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;
-  const V one = Exp<T>::tanh_one, y = max(min(x, one), -one);
+  const V one = Exp<T>::tanh_one, y = at_least(at_most(x, one), -one);
   const auto [m, s] = reduce(y + y);
   const V e = m * s + (s - V(1)); // e^2x - 1 without cancellation near 0
   return e / (e + V(2));

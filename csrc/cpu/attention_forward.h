@@ -84,7 +84,7 @@ template <class T, class P> class AttentionForward : Attention<T, P> {
       if (slope != 0) x = x - V(slope) * this->distance(from + V(F(j)));
       if (masked) x = x + V::load(w.hidden + j);
       x.store(s + j);
-      if (j >= lo && j + L <= hi) top = max(x, top);
+      if (j >= lo && j + L <= hi) top = at_least(x, top);
     }
     F most = w.most[r];
     for (int i = 0; i < L; i++) most = top.v[i] > most || top.v[i] != top.v[i] ? top.v[i] : most;
