@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gradkernels.backends import triton as here
 from gradkernels.backends._sequence import _on
-from gradkernels.backends.triton.launch import Limits, Number, clocks, launch, limits, options, stages
+from gradkernels.backends.triton.launch import ROWS, Limits, Number, clocks, launch, limits, options, stages
 
 # ---------------------------------------------------------------- forward, and the gradient of x
 
@@ -110,7 +110,7 @@ def conv_weights(
     k, run = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o = tl.program_id(0) // tl.cdiv(C, BN) * BM + tl.arange(0, BM)
     c = tl.program_id(0) % tl.cdiv(C, BN) * BN + tl.arange(0, BN)
-    by = (K - 1 - k) * dilation
+    by = tl.minimum((K - 1 - k).to(tl.int64) * dilation, T).to(tl.int32)
     acc = tl.zeros([BM, BN], ACC)
     for start in range(run * RUN, tl.minimum(run * RUN + RUN, N), BK):
         row, t = token_rows(start, T, BK)
@@ -124,7 +124,7 @@ def conv_weights(
 
 # ---------------------------------------------------------------- launch
 
-TILES = [(BM, BN) for BM in (16, 32, 64, 128) for BN in (16, 32, 64, 128)]
+SIZES = (128, 64, 32, 16)
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
@@ -132,11 +132,10 @@ def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str
     return here.why_not(None, dtype, device)
 
 
-def _tile(rows: int, columns: int, number: Number, at: Limits) -> tuple[int, int]:
-    """BM and BN that take the fewest clocks, with no more sums than registers hold beside what is on its way."""
-    largest = 128 * 128 if number.bytes == 2 else number.largest
-    sizes = [size for size in TILES if size[0] * size[1] <= largest]
-    return min(sizes, key=lambda size: clocks(size, rows, columns, 1, number, at))
+def _sizes(number: Number) -> list[tuple[int, int]]:
+    """BM and BN, the largest first: those whose sums fit into registers beside what is on its way."""
+    largest = 128 * 128 if number.tensor_cores else 64 * 64 if number.bytes == 4 else 32 * 32
+    return [(BM, BN) for BM in SIZES for BN in SIZES if BM * BN <= largest]
 
 
 def _options(BM: int, BN: int, BK: int, number: Number, at: Limits) -> dict[str, Any]:
@@ -151,7 +150,8 @@ def _apply(source: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, l
     with _on(source.device):
         at = limits()
         number = Number.of(source.dtype, at)
-        (BM, BN), BK = _tile(N, U, number, at), number.chunk(I)
+        BM, BN = min(_sizes(number), key=lambda size: clocks(size, N, U, 1, number, at))
+        BK = number.chunk(I)
         arguments = {
             "source": source.contiguous(), "weight": F.pad(weight, (0, -I % BK)).contiguous(), "to": to,
             "bias": bias if bias is None else bias.contiguous(), "N": N, "T": T,
@@ -177,15 +177,16 @@ def forward(
 
 def _weight_gradient(dy: Tensor, x: Tensor, K: int, dilation: int) -> Tensor:
     """[O, C, K] of dy [B, T, O] and x [B, T, C], as it is summed."""
-    (B, T, C), O, N = x.shape, dy.shape[2], x.shape[0] * x.shape[1]
+    (_, T, C), O, N = x.shape, dy.shape[2], x.shape[0] * x.shape[1]
     with _on(x.device):
         at = limits()
         number = Number.of(x.dtype, at)
-        BM, BN = _tile(O, C, number, at)
-        BK = 32 if number.bytes == 8 else 64
+        # the largest tile that the weights fill, since runs of tokens give work to all multiprocessors, and no run of less
+        # than some chunks
+        BM, BN = next((m, n) for m, n in _sizes(number) if (m < 2 * O or m == ROWS) and (n < 2 * C or n == ROWS))
+        BK = 128 // number.bytes
         tiles = triton.cdiv(O, BM) * triton.cdiv(C, BN)
-        # so many runs that all multiprocessors have two programs, but none with less than some chunks
-        runs = min(triton.cdiv(2 * at.multiprocessors, tiles * K), triton.cdiv(N, 8 * BK))
+        runs = min(triton.cdiv(at.multiprocessors, tiles * K), triton.cdiv(N, 8 * BK))
         run = triton.cdiv(triton.cdiv(N, runs), BK) * BK
         runs = triton.cdiv(N, run)
         sums = x.new_empty(runs, O, C, K, dtype=number.accumulator)
