@@ -48,6 +48,13 @@ function path(points, toX, toY) {
   return text;
 }
 
+/** The area between low and high of [x, low, high], where there are both. */
+function ribbon(band, toX, toY) {
+  const whole = band.filter(([, low, high]) => isNumber(low) && isNumber(high));
+  const edge = (k) => whole.map((point) => `${toX(point[0]).toFixed(1)} ${toY(point[k]).toFixed(1)}`);
+  return whole.length ? `M${[...edge(1), ...edge(2).reverse()].join("L")}Z` : "";
+}
+
 /** [low, high] a little wider than the values, so that a flat line has room, too. */
 function roomy(range, least = 1e-9) {
   const [low, high] = range || [0, 1];
@@ -57,7 +64,7 @@ function roomy(range, least = 1e-9) {
 
 /**
  * A figure of lines that draws itself anew when its width or its data change.
- * `describe()` gives {label, x, y, series: [{name, points, dashed, hue}], cursor, label}; axes without a domain get that of the points.
+ * `describe()` gives {label, x, y, series: [{name, points, dashed, hue, band: [[x, low, high]]}], cursor, label}; axes without a domain get that of the points.
  */
 function lineFigure(title, describe, height = 260) {
   const heading = make("figcaption", {}, title);
@@ -84,6 +91,7 @@ function lineFigure(title, describe, height = 260) {
       draw("clipPath", { id: clip }, draw("rect", { x: frame.left, y: frame.top, width: frame.right - frame.left, height: frame.bottom - frame.top })),
     );
     drawn.forEach((s, i) => {
+      if (s.band) svg.append(draw("path", { d: ribbon(s.band, frame.toX, frame.toY), class: `band hue${(s.hue ?? i) % 8}`, "clip-path": `url(#${clip})` }));
       const line = draw("path", {
         d: path(s.points, frame.toX, frame.toY),
         class: `line hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}`,

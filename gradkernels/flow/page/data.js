@@ -95,11 +95,13 @@ function indexAt(run, step) {
 /** How many steps of the recurrence lie between time step t and the last one that it ran. */
 const stepsBack = (layer, t, length) => (layer.direction === "reverse" ? t : length - 1 - t);
 
-/** What a row is relative to: its value at the end of the recurrence, if that is wanted. */
-function reference(layer, signal, row) {
-  if (!state.relative || isShare(signal)) return 0;
-  return row[layer.direction === "reverse" ? 0 : row.length - 1];
+/** The time step at which the gradient comes in: the last that the recurrence ran, or that the loss reaches; -1 if there is none. */
+function entry(layer, row) {
+  return layer.direction === "reverse" ? row.findIndex((value) => !Number.isNaN(value)) : row.findLastIndex((value) => !Number.isNaN(value));
 }
+
+/** What a row is relative to: its value where the gradient comes in, if that is wanted. */
+const reference = (layer, signal, row) => (state.relative && !isShare(signal) ? (row[entry(layer, row)] ?? 0) : 0);
 
 /** The row of a layer's signal at the i-th kept step as it is to be shown, NaN where there is nothing. */
 function shown(layer, signal, i) {

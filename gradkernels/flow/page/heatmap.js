@@ -98,7 +98,7 @@ function heatmap(find) {
     Object.assign(canvas.style, { left: `${frame.left}px`, top: `${frame.top}px`, width: `${frame.width}px`, height: `${frame.height}px` });
     const context = canvas.getContext("2d");
     const image = context.createImageData(w, h);
-    const toStep = linear([0, w], [layer.run.steps[0], layer.run.steps[layer.run.steps.length - 1] + frame.gap]);
+    const toStep = linear([0, w], [layer.run.steps[0], layer.run.steps.at(-1) + frame.gap]);
     let [last, row] = [-1, null];
     for (let px = 0; px < w; px += 1) {
       const i = indexAt(layer.run, toStep(px + 0.5));
@@ -121,7 +121,7 @@ function heatmap(find) {
     const points = [];
     layer.horizon.forEach((k, i) => {
       const row = layer.rows.h[i];
-      const t = row && isNumber(k) ? (layer.direction === "reverse" ? k + 1 : row.length - 1 - k) : null;
+      const t = row && isNumber(k) ? (layer.direction === "reverse" ? entry(layer, row) + k + 1 : entry(layer, row) - k) : null;
       const step = layer.run.steps[i];
       points.push([step, t], [layer.run.steps[i + 1] ?? step + frame.gap, t]);
     });

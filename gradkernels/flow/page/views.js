@@ -16,7 +16,7 @@ function overview() {
         layer.full,
         layer.cell || "torch",
         isNumber(horizon) && T ? `${horizon} of ${T - 1} steps` : "none",
-        isNumber(decay) ? `× ${short(10 ** decay)} a step` : "none",
+        isNumber(decay) ? `× ${short(10 ** -decay)} a step` : "none",
         ends ? `${norm(ends[0])} … ${norm(ends[1])}` : "none",
       ];
     });
@@ -112,7 +112,7 @@ const reaching = () =>
       (run) => run.layers.map((layer) => [layer.full, layer.horizon || [], { dashed: layer.direction === "reverse" }]),
     ),
     overTraining(
-      "Decay: what a step back multiplies the norm by, in powers of ten",
+      "Decay: powers of ten that the gradient loses with every step back",
       { label: "decades a step" },
       (run) => run.layers.map((layer) => [layer.full, layer.decay || [], { dashed: layer.direction === "reverse" }]),
     ),
@@ -136,8 +136,8 @@ function blocks() {
 }
 
 function parameters() {
-  const lines = (field) => (run) =>
-    (run.parameters || []).map((group, hue) => [state.runs.length > 1 ? `${run.name} · ${group.name}` : group.name, (group[field] || []).map(log10OrNull), { hue }]);
+  const full = (run, group) => (state.runs.length > 1 ? `${run.name} · ${group.name}` : group.name);
+  const lines = (field) => (run) => (run.parameters || []).map((group) => [full(run, group), (group[field] || []).map(log10OrNull)]);
   return together(
     overTraining("Norm of the gradient by parameters", { label: "‖∂L/∂W‖", decades: true }, lines("grad"), true),
     overTraining("Size of an update relative to the weights", { label: "‖ΔW‖ / ‖W‖", decades: true }, lines("update_ratio"), true),
