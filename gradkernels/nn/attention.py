@@ -52,6 +52,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
     """
 
+    recompute = False  # set by a layer around it that can make projections again in backward
+
     def forward(
         self,
         query: Tensor,
@@ -148,20 +150,21 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query, key, value, shared, packed) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, T, H * D], views of one tensor where one product makes them."""
         w, b, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        linear = partial(remade, F.linear) if self.recompute else F.linear
         query = rounded(query)
         if self._qkv_same_embed_dim and packed:
-            return remade(F.linear, query, w, b).chunk(3, -1)
+            return linear(query, w, b).chunk(3, -1)
         key = rounded(key)
         value = key if shared else rounded(value)
         b_q, b_k, b_v = (None,) * 3 if b is None else b.chunk(3)
         if not self._qkv_same_embed_dim:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif shared:
-            both = remade(F.linear, key, w[E:], None if b is None else b[E:])
-            return remade(F.linear, query, w[:E], b_q), *both.chunk(2, -1)
+            both = linear(key, w[E:], None if b is None else b[E:])
+            return linear(query, w[:E], b_q), *both.chunk(2, -1)
         else:
             w_q, w_k, w_v = w.chunk(3)
-        return remade(F.linear, query, w_q, b_q), remade(F.linear, key, w_k, b_k), remade(F.linear, value, w_v, b_v)
+        return linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
 
     def _more_keys(self, q, k, v, seen):
         """What add_bias_kv and add_zero_attn put behind the keys."""
@@ -251,6 +254,8 @@ class AttentionBlock(ResidualBlock):
         bias: of the projections.
         norm_kind: "layer" or "rms".
         eps: of the norm.
+        recompute: make the projections again in backward too: of what the block makes in training only the sum, the statistics of
+            the norm, the logarithms and the outputs of attention and the seeds are kept. Without it the projections are, too.
 
     Shapes: x and the result ``[B, T, d_model]``, or ``[T, d_model]`` without a batch. ``key_padding_mask``: ``[B, T]`` or ``[T]``,
     bool, True for tokens that nobody sees, as torch has it, or floating point, added to the scores.
@@ -276,6 +281,7 @@ class AttentionBlock(ResidualBlock):
         bias: bool = True,
         norm_kind: str = "layer",
         eps: float = 1e-5,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -286,6 +292,7 @@ class AttentionBlock(ResidualBlock):
         attn = MultiheadAttention(
             d_model, num_heads, dropout=dropout, bias=bias, batch_first=True, device=device, dtype=dtype
         )
+        attn.recompute = recompute
         super().__init__(attn, d_model, dropout, norm, norm_kind, eps, device, dtype)
         self.causal = causal
 

@@ -11,8 +11,11 @@ import warnings
 
 from torch import nn
 
+from gradkernels.nn.attention import AttentionBlock, MultiheadAttention
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
+from gradkernels.nn.norm import LayerNorm
 from gradkernels.nn.recurrent import GRU, LSTM, RNN, Recurrent
+from gradkernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,
@@ -21,15 +24,21 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
     nn.RNNCell: RNNCell,
+    nn.LayerNorm: LayerNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
 }
+WITHOUT_TWIN = (Recurrent, AttentionBlock)
 TABLES = {"gradkernels": TWINS, "torch": {ours: theirs for theirs, ours in TWINS.items()}}
 
 
 def convert(model: nn.Module, to: str = "gradkernels") -> nn.Module:
-    """Change every recurrent layer and cell that has a twin into it, in place, and return the model.
+    """Change every layer that has a twin into it, in place, and return the model: LSTM, GRU, RNN and their cells, LayerNorm,
+    MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer.
 
     Weights, hooks, mode, names and identity are kept; the model may itself be the layer. Subclasses written by others are left as
-    they are, and so are layers that torch has no twin of (`to="torch"`): one warning names them.
+    they are, and so are layers that torch has no twin of (`to="torch"`), with all that is in them: one warning names them.
 
     TypeError if model is not a module, ValueError if `to` is neither "gradkernels" nor "torch".
 
@@ -45,15 +54,18 @@ def convert(model: nn.Module, to: str = "gradkernels") -> nn.Module:
     if to not in TABLES:
         raise ValueError(f"to must be 'gradkernels' or 'torch', got {to!r}")
     table, left = TABLES[to], []
-    families = (*table, Recurrent) if to == "torch" else tuple(table)
+    inside: tuple[str, ...] = ()
+    families, done = ((*table, *WITHOUT_TWIN), ()) if to == "torch" else (tuple(table), tuple(table.values()))
     for name, module in model.named_modules():
-        if not isinstance(module, families):
+        if not isinstance(module, families) or isinstance(module, done) or name.startswith(inside):
             continue
         target = _class_for(type(module), table) if to == "gradkernels" or _torch_has(module) else None
         if target is None:
             left.append(f"{name or 'the model itself'} ({type(module).__name__})")
+            if to == "torch":  # ours call their parts in ways that torch's do not have
+                inside += (f"{name}." if name else "",)
             continue
-        for key in ("probes", "backend", "_flat_weights", "_flat_weight_refs"):  # what only one side has
+        for key in ("probes", "backend", "recompute", "_flat_weights", "_flat_weight_refs"):  # what only one side has
             module.__dict__.pop(key, None)
         module.__class__ = target
         if isinstance(module, nn.RNNBase):
@@ -67,7 +79,7 @@ def convert(model: nn.Module, to: str = "gradkernels") -> nn.Module:
 def _torch_has(module: nn.Module) -> bool:
     """Whether torch's layer of the same name computes the same."""
     return (
-        not isinstance(module, Recurrent)
+        not isinstance(module, WITHOUT_TWIN)
         and getattr(module, "nonlinearity", None) != "sigmoid"
         and getattr(module, "reset_after", True)
     )

@@ -58,7 +58,8 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor.detach()
-        self.version, self.value = tensor._version, None
+        self.version = tensor._version
+        self.value: _Value | None = None
         self.view: tuple[Any, ...] = ()
 
     def leave(self, value: _Value) -> None:

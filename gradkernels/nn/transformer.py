@@ -28,11 +28,15 @@ def bare(*modules: nn.Module) -> bool:
     )
 
 
-def _ours(layer: nn.Module) -> None:
+def _ours(layer: nn.Module, recompute: bool) -> None:
     """The parts that torch's constructor has made become ours, as :func:`gradkernels.convert` has it."""
+    if recompute:
+        layer.recompute = True
     for part in layer.children():
         if type(part) is nn.MultiheadAttention:
             part.__class__ = MultiheadAttention
+            if recompute:
+                part.recompute = True
         elif type(part) is nn.LayerNorm:
             part.__class__ = LayerNorm
 
@@ -56,7 +60,8 @@ def feed_forward(x: Tensor, layer: Any) -> Tensor:
         return layer.linear2(dropout(act(first(x))))
     if not bare(first, dropout):
         return layer.linear2(dropout(act(first(x))))
-    hidden = remade(act, remade(F.linear, rounded(x), first.weight, first.bias))
+    linear = partial(remade, F.linear) if layer.recompute else F.linear
+    hidden = remade(act, linear(rounded(x), first.weight, first.bias))
     if dropout.training and dropout.p > 0:
         hidden = remade(partial(dropped, p=dropout.p), hidden, draw_seed(hidden))
     return layer.linear2(hidden)
@@ -83,9 +88,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    recompute = False
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _ours(self)
+        _ours(self, recompute)
 
     def forward(
         self,
@@ -95,6 +102,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         x, cu_seqlens = src, None
+        attend: Callable[[Tensor], Tensor]
         if src.is_nested:
             if src_mask is not None or src_key_padding_mask is not None:
                 raise AssertionError("neither src_key_padding_mask nor src_mask are supported with NestedTensor input")
@@ -122,9 +130,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    recompute = False
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _ours(self)
+        _ours(self, recompute)
 
     def forward(
         self,
