@@ -3,21 +3,33 @@
 A new cell of the package is one file here and one line in the registry.
 """
 
-from . import gru, lstm, rnn
+import difflib
+
+from . import gru, indrnn, layer_norm, lstm, lstm_variants, mgu, rnn, rnn_variants, slstm
 from .bind import Cell
 from .derive import cell
 
 __all__ = ["CELLS", "Cell", "cell", "get"]
 
 CELLS: dict[str, Cell] = {
-    f.__name__: cell(f)
-    for f in (
-        lstm.lstm,
-        gru.gru,
-        gru.gru_reset_before,
-        rnn.rnn_tanh,
-        rnn.rnn_relu,
-        rnn.rnn_sigmoid,
+    c.name: c
+    for c in (
+        cell(lstm.lstm),
+        cell(gru.gru),
+        cell(gru.gru_reset_before),
+        cell(rnn.rnn_tanh),
+        cell(rnn.rnn_relu),
+        cell(rnn.rnn_sigmoid),
+        cell(lstm_variants.lstm_no_forget),
+        cell(lstm_variants.lstm_coupled),
+        lstm_variants.lstm_peephole,
+        layer_norm.lstm_layer_norm,
+        layer_norm.gru_layer_norm,
+        cell(slstm.slstm),
+        cell(mgu.mgu),
+        indrnn.indrnn,
+        rnn_variants.rnn_modrelu,
+        cell(rnn_variants.rnn_additive),
     )
 }
 
@@ -31,14 +43,16 @@ def get(name: str | Cell) -> Cell:
 
     >>> get("lstm")
     Cell(name='lstm', G=4, S=2, P=0, A=4, split=(), second=())
-    >>> get("lstn")
+    >>> get("lstn")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: unknown cell 'lstn'; cells are lstm, gru, gru_reset_before, rnn_tanh, rnn_relu, rnn_sigmoid
+    ValueError: unknown cell 'lstn'; did you mean lstm? Cells are lstm, gru, gru_reset_before, rnn_tanh, rnn_relu, rnn_sigmoid, ...
     """
     if isinstance(name, Cell):
         return name
     if not isinstance(name, str):
         raise TypeError(f"cell must be a name or a Cell, got {type(name).__name__}")
     if name not in CELLS:
-        raise ValueError(f"unknown cell {name!r}; cells are {', '.join(CELLS)}")
+        near = difflib.get_close_matches(name, CELLS, 1)
+        hint = f"did you mean {near[0]}? C" if near else "c"
+        raise ValueError(f"unknown cell {name!r}; {hint}ells are {', '.join(CELLS)}")
     return CELLS[name]

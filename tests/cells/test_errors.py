@@ -165,8 +165,9 @@ def test_not_a_function(thing):
 def test_get():
     assert get("gru") is CELLS["gru"] and get(CELLS["gru"]) is CELLS["gru"]
     with pytest.raises(
-        ValueError, match="unknown cell 'mgu'; cells are lstm, gru, gru_reset_before, rnn_tanh, rnn_relu, rnn_sigmoid"
+        ValueError,
+        match="unknown cell 'lstm_peepole'; did you mean lstm_peephole[?] Cells are lstm, gru, gru_reset_before",
     ):
-        get("mgu")
+        get("lstm_peepole")
     with pytest.raises(TypeError, match="cell must be a name or a Cell, got int"):
         get(3)

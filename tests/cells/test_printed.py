@@ -19,7 +19,24 @@ from gradkernels.cells import CELLS, Cell, cell, derive, differentiate, graph, l
 from gradkernels.cells.bind import torch_functions
 
 # planes of B x H that forward stores a step, beside the states
-KEPT = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0, "rnn_sigmoid": 0}
+KEPT = {
+    "lstm": 4,
+    "gru": 4,
+    "gru_reset_before": 3,
+    "rnn_tanh": 0,
+    "rnn_relu": 0,
+    "rnn_sigmoid": 0,
+    "lstm_no_forget": 3,
+    "lstm_coupled": 3,
+    "lstm_peephole": 4,
+    "lstm_layer_norm": 8,
+    "gru_layer_norm": 6,
+    "slstm": 4,
+    "mgu": 2,
+    "indrnn": 0,
+    "rnn_modrelu": 1,
+    "rnn_additive": 1,
+}
 # operations of backward, tanh(c) of the LSTM included: one less than its and the GRU's derivatives written by hand
 OPERATIONS = {"lstm": 23, "gru": 15, "gru_reset_before": 16, "rnn_tanh": 3, "rnn_relu": 2, "rnn_sigmoid": 3}
 
@@ -38,7 +55,7 @@ def test_kept_planes_of_the_registry():
 
 
 def test_operations_of_backward():
-    assert {name: operations(functions(c)["backward"]) for name, c in CELLS.items()} == OPERATIONS
+    assert {name: operations(functions(CELLS[name])["backward"]) for name in OPERATIONS} == OPERATIONS
 
 
 def test_printed_text_is_plain_python(each):
@@ -224,6 +241,16 @@ def test_the_zoo_speaks_the_whole_language():
 
 def test_registry():
     assert list(CELLS) == list(KEPT)
-    assert all(isinstance(c, Cell) and c.name == name and c.P == 0 for name, c in CELLS.items())
-    assert {name: c.split for name, c in CELLS.items() if c.split} == {"gru": (2,)}
-    assert {name: c.second for name, c in CELLS.items() if c.second} == {"gru_reset_before": (2,)}
+    assert all(isinstance(c, Cell) and c.name == name and c.M == c.D == 0 for name, c in CELLS.items())
+    some = lambda value: {name: v for name, c in CELLS.items() if (v := value(c))}
+    assert some(lambda c: c.P) == {
+        "lstm_peephole": 3,
+        "lstm_layer_norm": 14,
+        "gru_layer_norm": 9,
+        "indrnn": 1,
+        "rnn_modrelu": 1,
+    }
+    assert some(lambda c: c.split) == {"gru": (2,), "lstm_layer_norm": (0, 1, 2, 3), "gru_layer_norm": (0, 1, 2)}
+    assert some(lambda c: c.second) == {"gru_reset_before": (2,), "mgu": (1,)}
+    assert some(lambda c: not c.recurrent) == {"indrnn": True}
+    assert some(lambda c: c.means) == {"lstm_layer_norm": True, "gru_layer_norm": True}

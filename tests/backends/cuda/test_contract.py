@@ -15,6 +15,7 @@ from gradkernels.backends.cuda import arguments, plan, step
 from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import CELLS, cell
+from gradkernels.cells.codegen import COMPILED
 from tests import place
 from tests.close import assert_close_to_truth
 from tests.cuda_on_cpu.machine import COMPILER, FLAGS, HERE, KERNELS, Schedule, Twin, twin  # noqa: F401 - a fixture
@@ -106,7 +107,7 @@ FEW = ("rnn_relu", "rnn_sigmoid")  # cells that differ from another in one funct
 WALKS = [
     (name, Case(cell, T=4, B=11, I=3, H=29, layout=layout, reverse=reverse))  # two tiles of rows
     for name in FORMS
-    for cell in CELLS
+    for cell in COMPILED
     if cell not in FEW or name == "joined"
     for layout, reverse in LAYOUTS
 ]
@@ -205,12 +206,12 @@ def test_as_planned(capability, on_twin):
 
 STEPWISE = [
     Case(cell, T=4, B=5, I=3, H=H, layout=layout, reverse=reverse)
-    for cell in CELLS
+    for cell in COMPILED
     for layout in ("dense", "packed", "lengths")
     for reverse in (False, True)
     for H in (7, 12)  # one unit a thread, and four
 ]
-STEPWISE += [Case(cell, T=1, B=1, I=1, H=1) for cell in CELLS]
+STEPWISE += [Case(cell, T=1, B=1, I=1, H=1) for cell in COMPILED]
 STEPWISE += [
     Case(cell, T=4, B=4, I=3, H=H, R=R, layout=layout, reverse=reverse)
     for cell, H, R in (("lstm", 12, 8), ("lstm", 7, 3), ("rnn_tanh", 12, 3))

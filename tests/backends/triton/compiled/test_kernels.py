@@ -7,7 +7,7 @@ each version of Triton.
 import pytest
 import triton
 
-from gradkernels.cells import CELLS
+from gradkernels.cells.codegen import COMPILED
 from tests.backends.triton.compiled import offline
 from tests.backends.triton.compiled.calls import Call
 
@@ -21,7 +21,7 @@ SPILLED, SPILLED_LARGE = 8, 128
 
 shift = 1 if triton.__version__ < "3.7" else 0
 KINDS = [
-    (cell, projected, resident) for cell, projected in [*((c, 0) for c in CELLS), ("lstm", 1)] for resident in (1, 0)
+    (cell, projected, resident) for cell, projected in [*((c, 0) for c in COMPILED), ("lstm", 1)] for resident in (1, 0)
 ]
 CASES = []
 for n, (cell, projected, resident) in enumerate(KINDS):
