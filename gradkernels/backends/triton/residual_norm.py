@@ -404,5 +404,7 @@ def backward(
         launch(norm_backward, (runs, parts), given, chosen)
         if any(need[2:4]):
             given |= {"weight_sums": sums[0], "bias_sums": sums[1], "dweight": got[2], "dbias": got[3], "RUNS": runs}
-            launch(add_runs, (triton.cdiv(N, 16),), given | {"BM": 128, "BN": 16}, options(4))
+            BM = 16 if runs <= 16 else 128
+            given |= {"BM": BM, "BN": 2048 // BM}
+            launch(add_runs, (triton.cdiv(N, 2048 // BM),), given, options(4))
     return [*got, None]
