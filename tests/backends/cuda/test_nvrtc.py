@@ -11,7 +11,7 @@ import pytest
 
 from gradkernels.backends.cuda import cache, nvrtc
 from gradkernels.cells import get
-from gradkernels.cells.codegen import COMPILED, device_struct
+from gradkernels.cells.codegen import COMPILED, device_struct, type_name
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = '#include "one.cuh"\nextern "C" __global__ void run(float *p) { p[threadIdx.x] = one(); }\n'
@@ -85,7 +85,7 @@ def test_cells_compile_for_the_device(cell, folder):
     source = f"""
 #include "cells.cuh"
 extern "C" __global__ void run(float *p) {{
-  using C = gk::{"".join(part.capitalize() for part in cell.name.split("_"))};
+  using C = gk::{type_name(cell)};
   float x[C::G], r[C::G], s[C::S], t[C::S], a[C::A + 1];
   for (auto &v : x) v = *p++;
   for (auto &v : r) v = *p++;
