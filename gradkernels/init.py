@@ -30,6 +30,12 @@ def orthogonal_(module: Module, gain: float = 1.0, generator: torch.Generator | 
 
     Saxe, McClelland and Ganguli, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks, 2014.
 
+    The horizon, the steps back to which a thousandth of a gradient gets, of 200, in layers of 64 units with inputs from N(0, 1):
+
+    >>> import gradkernels as gk
+    >>> gk.flow.experiments.initialisations(["RNN", "RNN, orthogonal_", "RNN, orthogonal_ 1.3", "LSTM", "LSTM, orthogonal_"]).horizons()
+    {'RNN': 9, 'RNN, orthogonal_': 28, 'RNN, orthogonal_ 1.3': 92, 'LSTM': 9, 'LSTM, orthogonal_': 14}
+
     >>> rnn = orthogonal_(torch.nn.RNN(3, 4), gain=0.9)
     >>> torch.linalg.svdvals(rnn.weight_hh_l0).allclose(torch.full((4,), 0.9))
     True
@@ -48,6 +54,12 @@ def identity_(module: Module, scale: float = 1.0) -> Module:
     Meant for `RNN(nonlinearity="relu")`: without input such a layer hands its state on as it is.
 
     Le, Jaitly and Hinton, A simple way to initialize recurrent networks of rectified linear units, 2015.
+
+    The horizon, as in `orthogonal_`:
+
+    >>> import gradkernels as gk
+    >>> gk.flow.experiments.initialisations(["RNN relu", "RNN relu, identity_"]).horizons()
+    {'RNN relu': 7, 'RNN relu, identity_': 199}
 
     >>> rnn = identity_(torch.nn.RNN(3, 2, nonlinearity="relu"))
     >>> rnn.weight_hh_l0.tolist()
@@ -68,6 +80,12 @@ def spectral_norm_(module: Module, value: float) -> Module:
     With a projection it is the norm of W_k W_hr. Once, unlike torch.nn.utils.parametrizations.spectral_norm.
 
     ValueError if value is negative or not finite, or a block is zero or not finite.
+
+    The horizon, as in `orthogonal_`: a norm of 1 is no remedy by itself.
+
+    >>> import gradkernels as gk
+    >>> gk.flow.experiments.initialisations(["RNN", "RNN, spectral_norm_ 1"]).horizons()
+    {'RNN': 9, 'RNN, spectral_norm_ 1': 8}
 
     >>> lstm = spectral_norm_(torch.nn.LSTM(3, 5), 0.8)
     >>> [round(torch.linalg.matrix_norm(w, 2).item(), 4) for w in lstm.weight_hh_l0.chunk(4)]
@@ -100,6 +118,13 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
     Gers, Schmidhuber and Cummins, Learning to forget, 2000; Jozefowicz, Zaremba and Sutskever, An empirical exploration of recurrent
     network architectures, 2015.
 
+    The horizon, as in `orthogonal_`:
+
+    >>> import gradkernels as gk
+    >>> names = ["LSTM", *(f"LSTM, forget_bias_ {b}" for b in (1, 3, 5)), "GRU", *(f"GRU, forget_bias_ {b}" for b in (1, 3))]
+    >>> list(gk.flow.experiments.initialisations(names).horizons().values())
+    [9, 23, 199, 199, 13, 27, 160]
+
     >>> lstm = forget_bias_(torch.nn.LSTM(3, 2), 3.0)
     >>> lstm.bias_ih_l0[2:4].tolist(), lstm.bias_hh_l0[2:4].tolist()
     ([3.0, 3.0], [0.0, 0.0])
@@ -118,6 +143,12 @@ def chrono_(module: Module, longest: float, generator: torch.Generator | None = 
     ValueError if longest < 2.
 
     Tallec and Ollivier, Can recurrent neural networks warp time?, 2018.
+
+    The horizon, as in `orthogonal_`:
+
+    >>> import gradkernels as gk
+    >>> gk.flow.experiments.initialisations(["LSTM", "LSTM, chrono_ 200", "GRU", "GRU, chrono_ 200"]).horizons()
+    {'LSTM': 9, 'LSTM, chrono_ 200': 98, 'GRU': 13, 'GRU, chrono_ 200': 199}
 
     >>> lstm = chrono_(torch.nn.LSTM(3, 100), longest=200)
     >>> i, f, g, o = (lstm.bias_ih_l0 + lstm.bias_hh_l0).chunk(4)
