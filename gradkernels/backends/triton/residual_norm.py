@@ -298,10 +298,10 @@ def add_runs(
 
 TILE = 1024  # values of a program, unless a row has more
 VALUES = 8  # of a thread, unless there are no more threads
-THREADS = 512  # of the largest program, and of all programs that a multiprocessor is given backward: 128 registers each
+FORWARD, BACKWARD = 1024, 512  # threads of the largest program; backward of all that a multiprocessor is given, too
 CHUNK = 4096  # values at a time of a row that does not stay in registers
 # The longest row that does, by bytes of a value: forward, backward, backward with gradients of the weights.
-WIDEST = {2: (32768, 16384, 8192), 4: (32768, 16384, 8192), 8: (16384, 8192, 4096)}
+WIDEST = {2: (32768, 16384, 8192), 4: (32768, 16384, 8192), 8: (8192, 8192, 4096)}
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
@@ -309,11 +309,11 @@ def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str
     return here.why_not(None, dtype, device)
 
 
-def _tile(M: int, N: int, widest: int, at: Limits) -> tuple[dict[str, int], dict[str, Any]]:
+def _tile(M: int, N: int, widest: int, threads: int, at: Limits) -> tuple[dict[str, int], dict[str, Any]]:
     """BM, BN, and how to launch."""
     BN = max(16, triton.next_power_of_2(N)) if N <= widest else CHUNK
     BM = max(1, min(TILE // BN, triton.next_power_of_2(M)))
-    warps = min(max(BM * BN // (VALUES * at.lanes), 1), THREADS // at.lanes)
+    warps = min(max(BM * BN // (VALUES * at.lanes), 1), threads // at.lanes)
     return {"BM": BM, "BN": BN}, options(warps)
 
 
@@ -349,7 +349,7 @@ def forward(
         given |= {"x": x, "residual": residual if residual is None else residual.contiguous(), "y": y, "s": s}
         given |= {"bias": bias if bias is None else bias.contiguous(), "mean": mean, "rstd": rstd, "eps": eps}
         with _on(x.device):
-            tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][0], limits())
+            tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][0], FORWARD, limits())
             given |= tile | {"WHOLE": N <= tile["BN"]}
             launch(norm_forward, (triton.cdiv(M, tile["BM"]),), given, chosen)
     return y, x.new_empty(0) if s is None else s, mean, rstd
@@ -377,10 +377,10 @@ def backward(
         return [*(v if v is None else v.zero_() for v in got), None]
     with _on(x.device):
         at = limits()
-        tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][1 + any(need[2:4])], at)
+        tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][1 + any(need[2:4])], BACKWARD, at)
         parts, resident = (
             triton.cdiv(N, tile["BN"]),
-            THREADS // (chosen["num_warps"] * at.lanes),
+            BACKWARD // (chosen["num_warps"] * at.lanes),
         )  # programs of a multiprocessor
         run = triton.cdiv(triton.cdiv(M, tile["BM"]), max(at.multiprocessors * resident // parts, 1)) * tile["BM"]
         runs = triton.cdiv(M, run)
