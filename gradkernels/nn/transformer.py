@@ -51,17 +51,27 @@ def joined(x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: Any, dropout: 
     return normed_sum(sublayer(x), x, norm.weight, norm.bias, p, norm.eps)
 
 
+def _by_name(activation: Any) -> Any:
+    """relu or gelu as a function; None for an activation of which nothing is known."""
+    if type(activation) is nn.ReLU and bare(activation):
+        return F.relu
+    if type(activation) is nn.GELU and bare(activation):
+        return partial(F.gelu, approximate=activation.approximate)
+    return activation if activation in (F.relu, F.gelu) else None
+
+
 def feed_forward(x: Tensor, layer: Any) -> Tensor:
-    """linear2(dropout(activation(linear1(x)))), of which nothing is kept for backward where all that is known by name."""
-    act, first, dropout = layer.activation, layer.linear1, layer.dropout
-    if isinstance(act, (nn.ReLU, nn.GELU)) and bare(act):
-        act = F.relu if isinstance(act, nn.ReLU) else partial(F.gelu, approximate=act.approximate)
-    elif act not in (F.relu, F.gelu):
-        return layer.linear2(dropout(act(first(x))))
-    if not bare(first, dropout):
-        return layer.linear2(dropout(act(first(x))))
-    linear = partial(remade, F.linear) if layer.recompute else F.linear
-    hidden = remade(act, linear(rounded(x), first.weight, first.bias))
+    """linear2(dropout(activation(linear1(x))))"""
+    first, dropout, act = layer.linear1, layer.dropout, _by_name(layer.activation)
+    if act is None or not bare(first, dropout):
+        return layer.linear2(dropout(layer.activation(first(x))))
+    x = rounded(x)
+    if layer.recompute:
+        hidden = remade(act, remade(F.linear, x, first.weight, first.bias))
+    else:
+        hidden = F.linear(x, first.weight, first.bias)
+        # the result of relu is all that its backward reads, and no more than its input
+        hidden = act(hidden) if act is F.relu else remade(act, hidden)
     if dropout.training and dropout.p > 0:
         hidden = remade(partial(dropped, p=dropout.p), hidden, draw_seed(hidden))
     return layer.linear2(hidden)
@@ -74,9 +84,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     There is one path, in training and evaluation: queries that see no key give numbers and not NaN, ``is_causal`` means the same in
     both, and nested tensors can be differentiated.
 
-    Of a layer that is trained only its input, what attention returns before its projection, and the sums on the residual path are
-    kept; norms, projections and the hidden layer are made again in backward, for a sixth to a quarter more multiplications.
-    Submodules that somebody hooks or replaces are called as torch calls them, and keep what they keep.
+    Norms, gelu and what dropout leaves are not kept for backward, but made again there. With the keyword ``recompute=True`` the
+    products before attention and in the hidden layer are, too: of a layer in training its input, what attention returns and the
+    sums on the residual path are then all that is kept, for a fifth more multiplications. Submodules that somebody hooks or
+    replaces are called as torch calls them, and keep what they keep.
 
     Vaswani et al. (2017); ``norm_first`` after Xiong et al. (2020).
 
