@@ -34,7 +34,7 @@ class Extra(NamedTuple):
     noise: tuple[float, ...] = ()  # p, high and DRAWN, FIXED or GIVEN of each mask
     flags: Tensor | None = None  # [N] in the dtype of x
     skip: int = 0  # steps; 0 unless the cell has a delayed state
-    clip: float = 0.0  # 0: off
+    clip: float = 0  # 0: off
     first: int = 0  # number of the first token: a window of a longer sequence draws what is there
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from gradkernels.backends import reference
-from gradkernels.backends._extra import Extra
+from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.ops import _recurrent_op as op
 from gradkernels.ops._recurrent_taps import fit, measured
 
@@ -45,33 +45,31 @@ def each(N, dims, args, call):
 def mapped_forward(N, dims, args, call, sequences):
     """vmap of `Recurrent`: arguments as its forward takes them -> outputs, the first of them sequences, and where their mapped
     dimension is. Masks know their tokens: with a seed or flags the rows are not joined."""
-    if any(v is not None for v in args[6:8]) or any(d is not None for d in (*dims[4:8], *dims[9:16])):
+    if any(v is not None for v in args[3:5]) or any(d is not None for d in (*dims[1:5], *dims[6:13])):
         return each(N, dims, args, call)
-    x, state = args[8], args[16:]
-    row = x.dim() - 2 - (dims[8] is not None)  # the dimension of x that counts rows of a step
-    steps = fold_steps(*args[4:6], N)
-    out = call(
-        *args[:4], *steps, None, None, fold(x, dims[8], row, N), *args[9:16],
-        *(fold(v, d, 0, N) for v, d in zip(state, dims[16:])),
-    )  # fmt: skip
+    x, state = args[5], args[13:]
+    row = x.dim() - 2 - (dims[5] is not None)  # the dimension of x that counts rows of a step
+    steps = fold_steps(*args[1:3], N)
+    states = [fold(v, d, 0, N) for v, d in zip(state, dims[13:])]
+    out = call(args[0], *steps, None, None, fold(x, dims[5], row, N), *args[6:13], *states)
     axes = [row] * sequences + [0] * (len(out) - sequences)
     return tuple(unfold(v, axis, N) for v, axis in zip(out, axes)), tuple(axis + 1 for axis in axes)
 
 
 def mapped_backward(N, dims, args, call):
     """vmap of `RecurrentBackward`: one call for the parts, weight gradients as batched products of them."""
-    cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, *tensors = args
-    c, at = op.cell_of(cell), dims[11:]
+    how, need, gates, norms, batch_sizes, lengths, seed, flags, *tensors = args
+    c, reverse, at = op.cell_of(how[0]), how[1], dims[8:]
     S = c.S
     drawn = seed is not None or flags is not None
-    if norms or drawn or any(d is not None for d in (*dims[7:11], *at[1:7])):
+    if norms or drawn or any(d is not None for d in (*dims[4:8], *at[1:7])):
         return each(N, dims, args, call)
     n = len(tensors) - 7 - 3 * S  # saved tensors
     row = tensors[0].dim() - 2 - (at[0] is not None)
     axes = [row, *[None] * 6, *[0] * S, *[row] * S, *[0] * (n - S), *[row] * S, *[0] * S]
     folded = [v if axis is None or v is None else fold(v, d, axis, N) for v, d, axis in zip(tensors, at, axes)]
     many, long = fold_steps(batch_sizes, lengths, N)
-    out = call(cell, reverse, backend, how, need, True, norms, many, long, None, None, *folded)
+    out = call(how, need, True, norms, many, long, None, None, *folded)
     parts, dstate = out[: len(out) - S], out[len(out) - S :]
     ends = [unfold(v, 0, N) for v in dstate], [1] * S
     if gates:
@@ -108,44 +106,41 @@ def mapped_backward(N, dims, args, call):
 
 
 class Recurrent(Function):
-    """(state sequences, final states, (raw,) acts) of (x, weights, params, state); how: noise, skip, clip, first of an Extra.
+    """(state sequences, final states, (raw,) acts) of (x, weights, params, state).
+
+    how: what is no tensor, (cell, reverse, backend, noise, skip, clip, first), the last four as in Extra.
 
     The input projection is inside: double backward then needs x, not the gates, which are G planes more to keep."""
 
     @staticmethod
-    def forward(
-        cell, reverse, backend, how, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, probe, *state
-    ):  # fmt: skip
-        call = list(state), batch_sizes, lengths, reverse, 2, backend, bundle(params, seed, flags, how)
-        return tuple(op.forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, *call))
+    def forward(how, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, probe, *state):
+        call = list(state), batch_sizes, lengths, how[1], 2, how[2], bundle(params, seed, flags, how)
+        return tuple(op.forward(how[0], x, w_ih, b_ih, w_hh, b_hh, w_hr, *call))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, reverse, backend, how, batch_sizes, lengths, seed, flags, *tensors = inputs
-        weights, probe, state = tensors[:7], tensors[7], tensors[8:]
-        S = len(state)
-        ctx.spec = cell, reverse, backend, how, S, None if probe is None else probe.shape
+        probe, S = inputs[12], len(inputs) - 13
+        ctx.spec = inputs[0], S, None if probe is None else probe.shape
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2 * S :])
-        keep = batch_sizes, lengths, seed, flags, *weights, *state, *output[:S], *output[2 * S :]
+        keep = *inputs[1:12], *inputs[13:], *output[:S], *output[2 * S :]
         ctx.save_for_backward(*keep)
         ctx.save_for_forward(*keep)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, reverse, backend, how, S, probe = ctx.spec
+        how, S, probe = ctx.spec
+        cell, reverse, backend, *_ = how
         batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *rest = ctx.saved_tensors
         state, saved, grads = rest[:S], rest[S:], list(grads[: 2 * S])
-        need = list(ctx.needs_input_grad[8:15])
-        norms = probe is not None and ctx.needs_input_grad[15]
+        need = list(ctx.needs_input_grad[5:12])
+        norms = probe is not None and ctx.needs_input_grad[12]
         if torch.compiler.is_compiling() or not differentiated():  # a compiled graph has no second derivative
             call = reverse, need, False, norms, backend, bundle(params, seed, flags, how)
             out = op.backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *call)
         else:
             tensors = x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *state, *saved, *grads
-            out = apply(RecurrentBackward)(
-                cell, reverse, backend, how, tuple(need), False, norms, batch_sizes, lengths, seed, flags, *tensors
-            )
+            out = apply(RecurrentBackward)(how, tuple(need), False, norms, batch_sizes, lengths, seed, flags, *tensors)
         k, got = 0, []
         for wanted in need:
             got.append(out[k] if wanted else None)
@@ -154,19 +149,18 @@ class Recurrent(Function):
         if norms:
             size = measured(op.cell_of(cell), probe[1], out[k + S], got[0], saved, batch_sizes, lengths)
             size = fit(size, probe)
-        return *[None] * 8, *got, size, *out[k : k + S]
+        return None, None, None, None, None, *got, size, *out[k : k + S]
 
     @staticmethod
     def vmap(info, dims, *args):
-        return mapped_forward(info.batch_size, dims, args, apply(Recurrent), len(args) - 16)
+        return mapped_forward(info.batch_size, dims, args, apply(Recurrent), len(args) - 13)
 
     @staticmethod
     def push(spec, saved, tangents):
-        cell, reverse, _, how, S, _ = spec
-        batch_sizes, lengths, seed, flags, *tensors = saved
-        moving, dstate = tangents[8:15], tangents[16:]
-        call = batch_sizes, lengths, reverse, bundle(tensors[6], seed, flags, how)
-        seq, final = reference.tangent(op.cell_of(cell), tensors[:7], moving, tensors[7 : 7 + S], dstate, *call)
+        (how, S, _), (batch_sizes, lengths, seed, flags, *tensors) = spec, saved
+        moving, dstate = tangents[5:12], tangents[13:]
+        call = batch_sizes, lengths, how[1], bundle(tensors[6], seed, flags, how)
+        seq, final = reference.tangent(op.cell_of(how[0]), tensors[:7], moving, tensors[7 : 7 + S], dstate, *call)
         return (*seq, *final, *[None] * (len(tensors) - 7 - 2 * S))
 
 
@@ -175,8 +169,9 @@ class RecurrentBackward(Function):
 
     @staticmethod
     def forward(
-        cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *rest
-    ):  # fmt: skip
+        how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *rest
+    ):
+        cell, reverse, backend, *_ = how
         S = op.cell_of(cell).S
         state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
         call = reverse, list(need), gates, norms, backend, bundle(params, seed, flags, how)
@@ -184,19 +179,18 @@ class RecurrentBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, reverse, _, how, need, gates, norms, *tensors = inputs
-        ctx.spec = cell, reverse, how, need, gates, norms
-        if norms:
+        ctx.spec = inputs[:4]
+        if inputs[3]:  # norms
             ctx.mark_non_differentiable(output[-1])
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(*inputs[4:])
+        ctx.save_for_forward(*inputs[4:])
 
     @staticmethod
     def reference(spec, saved):
         """The same as a function of the tensors that it depends on, and where those are among the inputs. What forward had
         kept is not among them: it is computed again, so that its dependence on the inputs is seen."""
-        (cell, reverse, how, need, gates, _), (batch_sizes, lengths, seed, flags, *tensors) = spec, saved
-        c = op.cell_of(cell)
+        (how, need, gates, _), (batch_sizes, lengths, seed, flags, *tensors) = spec, saved
+        c = op.cell_of(how[0])
         first = len(tensors) - 2 * c.S  # of the gradients
         places = [k for k, v in enumerate(tensors) if v is not None and not 7 + c.S <= k < first]
 
@@ -204,7 +198,7 @@ class RecurrentBackward(Function):
             full = dict(zip(places, values))
             x, w_ih, b_ih, w_hh, b_hh, w_hr, params, *state = (full.get(k) for k in range(7 + c.S))
             grads = [full.get(k) for k in range(first, len(tensors))]
-            steps, extra = (state, batch_sizes, lengths, reverse), bundle(params, seed, flags, how)
+            steps, extra = (state, batch_sizes, lengths, how[1]), bundle(params, seed, flags, how)
             out = reference.forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, *steps, 2, extra)
             kept = out[: c.S] + out[2 * c.S :]
             return tuple(reference.backward(c, grads, x, w_ih, w_hh, w_hr, kept, *steps, need, gates, False, extra))
@@ -217,13 +211,13 @@ class RecurrentBackward(Function):
         _, pull = torch.func.vjp(run, *[tensors[k] for k in places])
         norms = ctx.spec[-1]
         got = dict(zip(places, pull(tuple(cotangents[: len(cotangents) - norms]))))
-        return (*[None] * 11, *(got.get(k) for k in range(len(tensors))))
+        return (*[None] * 8, *(got.get(k) for k in range(len(tensors))))
 
     @staticmethod
     def push(spec, saved, tangents):
         run, places, tensors = RecurrentBackward.reference(spec, saved)
         values = [tensors[k] for k in places]
-        moving = [torch.zeros_like(v) if tangents[11 + k] is None else tangents[11 + k] for k, v in zip(places, values)]
+        moving = [torch.zeros_like(v) if tangents[8 + k] is None else tangents[8 + k] for k, v in zip(places, values)]
         out, pull = torch.func.vjp(run, *values)  # reverse twice: a dual_level does not nest
         _, push = torch.func.vjp(lambda *u: pull(u), *[torch.zeros_like(v) for v in out])
         return (*push(tuple(moving)), *[None] * spec[-1])
@@ -234,8 +228,10 @@ class RecurrentBackward(Function):
 
 
 def bundle(params, seed, flags, how):
-    """The Extra of a call: its tensors, and (noise, skip, clip, first)."""
-    noise, skip, clip, first = how
+    """The Extra of a call."""
+    _, _, _, noise, skip, clip, first = how
+    if params is None and not (noise or skip or clip or first):
+        return PLAIN
     return Extra(params, seed, noise, flags, skip, clip, first)
 
 

@@ -200,7 +200,8 @@ def check_backward(
     """Shapes, dtypes and devices of a backward call: what `saved` and `grads` hold comes back through autograd, whose
     saved-tensor hooks belong to the user."""
     check_forward(cell, x, weight_ih, None, weight_hh, None, weight_hr, state, batch_sizes, lengths)
-    check_extra(cell, x, weight_hh, extra)
+    if extra is not PLAIN or cell.P or cell.M or cell.D:
+        check_extra(cell, x, weight_hh, extra)
     S, H, lead = cell.S, weight_hh.shape[0] // cell.G, x.shape[:-1]
     N = lead[0] if batch_sizes is not None else lead[0] * lead[1]
     want = [(*lead, v.shape[1]) for v in state]

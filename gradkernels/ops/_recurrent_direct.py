@@ -89,11 +89,9 @@ def forward_derivative(flat, spec, out, grads, needs):
     final = grads[S : 2 * S] if keep else grads[1 : 1 + S]
     place = 12 + S  # of params among flat, if anything but defaults follows the backend
     need = *needs[1:7], *(needs[place : place + 1] or [False])
-    how = extra.noise, extra.skip, extra.clip, extra.first
+    fixed = batch_sizes, lengths, extra.seed, extra.flags
     tensors = *weights, extra.params, *state, *kept, *seq, *final
-    got = apply(RecurrentBackward)(
-        cell, reverse, backend, how, need, False, False, batch_sizes, lengths, extra.seed, extra.flags, *tensors
-    )
+    got = apply(RecurrentBackward)(how_of(cell, reverse, backend, extra), need, False, False, *fixed, *tensors)
     parts = iter(got)
     *got, params = (next(parts) if wanted else None for wanted in need)
     return None, *got, *parts, *[None] * 5, *[params, *[None] * (len(flat) - place - 1)][: len(flat) - place]
@@ -128,102 +126,51 @@ op.lib.impl("recurrent_backward", differentiable(op.backward_op, backward_deriva
 # ---------------------------------------------------------------- vmap
 
 
-def vmap_forward(
-    info, dims, cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, reverse, keep, backend, *more
-):
-    def call(
-        cell,
-        reverse,
-        backend,
-        how,
-        batch_sizes,
-        lengths,
-        seed,
-        flags,
-        x,
-        w_ih,
-        b_ih,
-        w_hh,
-        b_hh,
-        w_hr,
-        params,
-        _,
-        *state,
-    ):
+def how_of(cell, reverse, backend, extra):
+    """What is no tensor of a call, as the Functions take it."""
+    return cell, reverse, backend, extra.noise, extra.skip, extra.clip, extra.first
+
+
+def vmap_forward(info, dims, *args):
+    cell, *weights, state, batch_sizes, lengths, reverse, keep, backend = args[:13]
+    extra, at_params, at_seed, at_flags = mapped_extra(args[13:], dims[13:])
+
+    def call(how, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, _, *state):
         steps = batch_sizes, lengths, reverse, keep, backend, *bundle(params, seed, flags, how)
         return op.forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, list(state), *steps)
 
-    how, (params, seed, flags), (at_params, at_seed, at_flags) = mapped_extra(more, dims[13:])
-    args = (
-        cell,
-        reverse,
-        backend,
-        how,
-        batch_sizes,
-        lengths,
-        seed,
-        flags,
-        x,
-        w_ih,
-        b_ih,
-        w_hh,
-        b_hh,
-        w_hr,
-        params,
-        None,
-        *state,
-    )
-    at = *[None] * 4, *dims[8:10], at_seed, at_flags, *dims[1:7], at_params, None, *each_dim(dims[7], state)
-    out, where = mapped_forward(info.batch_size, at, args, call, len(state) if keep else 1)
+    how, fixed = how_of(cell, reverse, backend, extra), (batch_sizes, lengths, extra.seed, extra.flags)
+    given = how, *fixed, *weights, extra.params, None, *state
+    at = None, *dims[8:10], at_seed, at_flags, *dims[1:7], at_params, None, *each_dim(dims[7], state)
+    out, where = mapped_forward(info.batch_size, at, given, call, len(state) if keep else 1)
     return list(out), list(where)
 
 
-def vmap_backward(
-    info,
-    dims,
-    cell,
-    grads,
-    x,
-    w_ih,
-    w_hh,
-    w_hr,
-    saved,
-    state,
-    batch_sizes,
-    lengths,
-    reverse,
-    need,
-    gates,
-    norms,
-    backend,
-    *more,
-):
+def vmap_backward(info, dims, *args):
+    cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, gates, norms, backend = args[
+        :15
+    ]
+    extra, at_params, at_seed, at_flags = mapped_extra(args[15:], dims[15:])
     S = len(state)
 
-    def call(
-        cell, reverse, backend, how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, _, w_hh, __, w_hr, params, *rest
-    ):  # fmt: skip
+    def call(how, need, gates, norms, batch_sizes, lengths, seed, flags, x, w_ih, _, w_hh, __, w_hr, params, *rest):
         state, saved, grads = list(rest[:S]), list(rest[S : -2 * S]), list(rest[-2 * S :])
         steps = batch_sizes, lengths, reverse, list(need), gates, norms, backend, *bundle(params, seed, flags, how)
         return op.backward_op(cell, grads, x, w_ih, w_hh, w_hr, saved, state, *steps)
 
-    how, (params, seed, flags), (at_params, at_seed, at_flags) = mapped_extra(more, dims[15:])
-    tensors = x, w_ih, None, w_hh, None, w_hr, params, *state, *saved, *grads
+    how, fixed = how_of(cell, reverse, backend, extra), (batch_sizes, lengths, extra.seed, extra.flags)
+    tensors = x, w_ih, None, w_hh, None, w_hr, extra.params, *state, *saved, *grads
     lists = [d for at, values in ((dims[7], state), (dims[6], saved), (dims[1], grads)) for d in each_dim(at, values)]
-    at = *[None] * 7, *dims[8:10], at_seed, at_flags, dims[2], dims[3], None, dims[4], None, dims[5], at_params, *lists
-    args = cell, reverse, backend, how, [*need, False][:7], gates, norms, batch_sizes, lengths, seed, flags, *tensors
-    out, where = mapped_backward(info.batch_size, at, args, call)
+    at = *[None] * 4, *dims[8:10], at_seed, at_flags, dims[2], dims[3], None, dims[4], None, dims[5], at_params, *lists
+    given = how, [*need, False][:7], gates, norms, *fixed, *tensors
+    out, where = mapped_backward(info.batch_size, at, given, call)
     return list(out), list(where)
 
 
 def mapped_extra(more, dims):
-    """(noise, skip, clip, first), (params, seed, flags), and where those three are mapped."""
-    extra, dims = op.extra_of(more), [*dims, *[None] * 4]
-    return (
-        (extra.noise, extra.skip, extra.clip, extra.first),
-        (extra.params, extra.seed, extra.flags),
-        (dims[0], dims[1], dims[3]),
-    )
+    """The Extra of an operator's last arguments, and where its params, seed and flags are mapped."""
+    dims = [*dims, *[None] * 4]
+    return op.extra_of(more), dims[0], dims[1], dims[3]
 
 
 def each_dim(dims, values):

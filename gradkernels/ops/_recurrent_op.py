@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradkernels import backends
 from gradkernels.backends._extra import PLAIN, Extra
-from gradkernels.cells import CELLS, Cell
+from gradkernels.cells import CELLS, Cell, transform
 from gradkernels.ops._recurrent_checks import (
     check_backward,
     check_batch_sizes,
@@ -42,18 +42,35 @@ lib.define(
 
 # ---------------------------------------------------------------- cells by name
 
-_given: dict[
-    str, Cell
-] = {}  # cells that are in no registry; kept for good, since a traced graph knows them by name only
+# cells that are in no registry; kept for good, since a traced graph knows them by name only
+_given: dict[str, Cell] = {}
+TRANSFORMS = {f.__name__: f for f in (transform.zoneout, transform.skip, transform.resets, transform.masked)}
 
 
 def cell_of(name: str) -> Cell:
     cell = CELLS.get(name) or _given.get(name)
-    if cell is None:
+    return _made(name) if cell is None else cell
+
+
+def _made(name: str) -> Cell:
+    """The cell of a name that says how it is made of another: a program may have been exported elsewhere."""
+    before, _, rest = name.partition("_")
+    if before not in TRANSFORMS or not rest:
         raise ValueError(f"unknown cell {name!r}; there are {', '.join(CELLS)}")
+    cell = _given[name] = TRANSFORMS[before](cell_of(rest))
     return cell
 
 
+@torch.compiler.assume_constant_result
+def composed(name: str, transforms: tuple[str, ...]) -> str:
+    """The name of a cell made of another, the innermost transform first."""
+    for before in transforms:
+        name = f"{before}_{name}"
+        cell_of(name)
+    return name
+
+
+@torch.compiler.assume_constant_result
 def name_of(cell: Cell) -> str:
     """The text by which operators know a cell."""
     if CELLS.get(cell.name) == cell:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gradkernels import cells
 from gradkernels.backends._extra import PLAIN, Extra
-from gradkernels.ops import _recurrent_op as op
-from gradkernels.ops._recurrent_autograd import Recurrent, apply
-from gradkernels.ops._recurrent_checks import WEIGHTS, check_extra, check_forward
-from gradkernels.ops._recurrent_taps import widths
+from gradkernels.ops._recurrent_call import call
+from gradkernels.ops._recurrent_options import Call, Options, run
 
 if TYPE_CHECKING:
     from gradkernels.cells import Cell
@@ -37,6 +33,18 @@ def recurrent(
     probe: Tensor | None = None,  # [steps, S + 1]
     every_state: bool = False,
     backend: str | None = None,
+    training: bool = True,
+    zoneout: float | Sequence[float] = 0,
+    recurrent_dropout: float = 0,
+    variational: float = 0,
+    weight_drop: float = 0,
+    noise: Sequence[tuple[float, float, str]] = (),
+    seed: Tensor | None = None,  # [1]
+    reset: Tensor | None = None,  # [T, B], or [N]
+    skip: int = 0,
+    clip_grad: float = 0,
+    heads: int = 1,
+    recompute: int = 0,
 ) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]:
     r"""Run a recurrent cell over a sequence: one layer, one direction.
 
@@ -63,18 +71,36 @@ def recurrent(
         batch_sizes: int64 ``[T]`` on the CPU, the rows of each step as in ``torch.nn.utils.rnn.PackedSequence``.
         reverse: walk from the last step to the first.
         probe: float64 ``[steps, S + 1]``. Its gradient is, per step, the squared norm of the gradient of each state, and the number
-            of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps. Further columns
-            ask for more: ``[steps, S + 2]`` for the squared norm of the gradient of x too, and ``[steps, S + 3 + E]`` for the number
-            of saturated values of each of the cell's E activations that are kept anyway, and of the values looked at.
+            of rows; a probe longer than the sequence is filled with zeros, a shorter one receives the last steps. With
+            further columns, ``[steps, S + 3 + E]``, it receives details too: the squared norm of the gradient of x, the number of
+            saturated values of each of the E activations that backward has at hand, and of the values looked at.
         every_state: return the sequences of all S states, not of the first alone.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can run.
+        training: draw the masks of what follows; else each is its mean.
+        zoneout: probability with which a unit keeps its state from the step before (Krueger et al., 2017): of every state, or one
+            number for each.
+        recurrent_dropout, variational: probability with which a unit's h is dropped where :math:`W_{hh}` multiplies it, drawn every
+            step (Semeniuta et al., 2016), or once a sequence (Gal and Ghahramani, 2016).
+        weight_drop: probability with which an element of ``weight_hh`` is dropped, once a call (DropConnect, as in AWD-LSTM).
+        noise: for a cell that reads masks m of its own: (p, high, "step" or "sequence") of each, 0 with probability p, else high.
+        seed: int64 ``[1]`` beside x that the masks are made of; None draws one from torch's generator. Masks are never stored.
+        reset: bool ``[T, B]`` (``[N]``): begin anew, from zero states, before this step. Final states, and the outputs, are from before
+            a reset; with ``every_state`` the other sequences are what the next step receives.
+        skip: with k, the output of k steps before is added to h, :math:`h_t = f(x_t, h_{t-1}) + h_{t-k}`, and zero before there is one;
+            of a cell that reads a delayed state d itself, what k is.
+        clip_grad: with c > 0, backward clamps :math:`\partial L / \partial h_t` to [-c, c] at every step; with ``variational``,
+            ``recurrent_dropout`` or ``reset`` that part of it which comes back through :math:`W_{hh}`.
+        heads: with n, ``weight_hh`` is ``[G*H, H/n]`` and the recurrence block-diagonal: unit u of a gate sees the units of its head only,
+            H/n in a row.
+        recompute: with k, keep the states of one step in k for backward, and compute the others again.
 
     Returns:
         outputs ``[T, B, R]`` (``[N, R]``; with ``every_state`` a tuple of S such tensors) and the tuple of S final states.
 
     Raises:
         RuntimeError: shapes or devices do not fit together, or ``backend`` cannot run this call.
-        ValueError: an unknown cell or backend, mixed dtypes, zero sizes, both ``lengths`` and ``batch_sizes``.
+        ValueError: an unknown cell or backend, mixed dtypes, zero sizes, both ``lengths`` and ``batch_sizes``, a probability outside
+            of [0, 1], options that exclude one another.
         TypeError: x is not floating point, or something is not a tensor.
 
     Derivatives of any order, forward mode and ``torch.func`` pass through; second derivatives are those of the reference backend.
@@ -95,118 +121,14 @@ def recurrent(
     c = cells.CELLS.get(cell) if type(cell) is str else cell
     if not isinstance(c, cells.Cell):
         c = cells.get(cell)  # its error names the registry
-    extra = PLAIN if params is None else Extra(params)
     tensors = x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr
-    # asked in this order: "meta" has no autocast
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        tensors, state = _autocast(tensors, state)
-    fast = op.direct((*tensors, batch_sizes, lengths, *(state or ())))
-    if (
-        fast or torch.compiler.is_compiling() or not torch._C._is_tracing()
-    ):  # jit.trace leaves the checks to the operator
-        try:
-            check_forward(c, *tensors, state, batch_sizes, lengths)
-            if c.extra or extra is not PLAIN:
-                check_extra(c, tensors[0], tensors[3], extra)
-        except AttributeError:
-            _check_types((*tensors, *(state or ()), batch_sizes, lengths))
-            raise
-    if state is None:
-        state = _zeros(c, tensors[0], tensors[3], batch_sizes)  # as autocast left them
-    if probe is not None:
-        probe = _check_probe(probe, c, x.device)
-    S, keep = c.S, 1 if every_state else 0
-    if fast:
-        if not _requires_grad((*tensors, *state, probe)):
-            out = op.forward_kernel(c, *tensors, state, batch_sizes, lengths, reverse, keep, backend, extra)
-            return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
-        function = True
-    else:
-        function = _wants_function((*tensors, *state, probe))
-    name = cell if type(cell) is str else op.name_of(c)
-    if function:
-        params, seed, noise, flags, skip, clip, first = extra
-        how = noise, skip, clip, first
-        out = apply(Recurrent)(
-            name, reverse, backend, how, batch_sizes, lengths, seed, flags, *tensors, params, probe, *state
-        )
-        return tuple(out[:S]) if every_state else out[0], tuple(out[S : 2 * S])
-    out = op.forward(name, *tensors, list(state), batch_sizes, lengths, reverse, keep, backend, extra)
-    return (tuple(out[:S]), tuple(out[S:])) if every_state else (out[0], tuple(out[1:]))
-
-
-def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Autograd records this call, or forward mode is on."""
-    if torch.is_grad_enabled():
-        for v in tensors:
-            if v is not None and v.requires_grad:
-                return True
-    return forward_ad._current_level >= 0
-
-
-def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
-    """The operator alone is enough unless some kind of differentiation or batching is listening."""
-    if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():  # Dynamo would trace the forward and lose the backward
-            torch._dynamo.graph_break(
-                msg="torch.func transforms of a recurrent layer cannot be compiled; apply them outside torch.compile"
-            )
-            return True
-        # A Function would be exported as no_grad; the operator has a derivative of its own. Asked of the flag: Dynamo of torch
-        # 2.11 takes is_exporting() for true everywhere.
-        if torch.compiler._is_exporting_flag:
-            return False
-        return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return _requires_grad(tensors) and not torch._C._is_tracing()  # torch.jit.trace must record the operator
-
-
-def _autocast(tensors, state):
-    """Autocast is a cast of the arguments, differentiable like any other."""
-    device = tensors[0].device.type
-    low = torch.get_autocast_dtype(device)
-
-    def cast(v):
-        eligible = (
-            v is not None and v.dtype in (torch.float32, torch.float16, torch.bfloat16) and v.device.type == device
-        )
-        return v.to(low) if eligible else v
-
-    return tuple(cast(v) for v in tensors), None if state is None else [cast(v) for v in state]
-
-
-def _zeros(cell, x, weight_hh, batch_sizes):
-    """Initial states when none are given."""
-    if batch_sizes is None:
-        B = x.shape[1]
-    else:
-        B = int(batch_sizes[0]) if batch_sizes.shape[0] else 0
-        if B < 0:
-            raise RuntimeError(f"batch_sizes must not be negative, got {B}")
-    H = weight_hh.shape[0] // cell.G
-    widths = [weight_hh.shape[1] if cell.recurrent else H, *[H] * (cell.S - 1)]
-    return [x.new_zeros(B, n) for n in widths]
-
-
-def _check_probe(probe, cell, device):
-    columns = widths(cell)
-    if probe.dim() != 2 or probe.shape[1] not in columns or probe.dtype != torch.float64:
-        raise ValueError(
-            f"probe must be float64 [steps, {columns[0]}] for {cell.name} (or [.., {columns[1]}] or [.., {columns[2]}] to measure "
-            f"more), got {probe.dtype} {list(probe.shape)}"
-        )
-    if probe.device != device:
-        raise RuntimeError(
-            f"expected all tensors to be on the same device, but x is on {device} and probe is on {probe.device}"
-        )
-    # under a transform nobody can ask for its gradient
-    return None if torch._C._are_functorch_transforms_active() else probe
-
-
-def _check_types(values):
-    """TypeError for the first argument that is not a tensor."""
-    names = ("x", *WEIGHTS, *(f"state[{k}]" for k in range(len(values) - 8)), "batch_sizes", "lengths")
-    for name, v in zip(names, values):
-        if not isinstance(v, Tensor) and (v is not None or name in ("x", "weight_hh") or name.startswith("state")):
-            raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
+    name = cell if type(cell) is str else None
+    drops = zoneout or recurrent_dropout or variational or weight_drop
+    if not (drops or noise or c.M or skip or c.D or clip_grad or recompute) and heads == 1 and reset is None:
+        extra = PLAIN if params is None else Extra(params)
+        return call(c, name, tensors, state, batch_sizes, lengths, reverse, probe, every_state, backend, extra)
+    given = Call(tensors, params, state, batch_sizes, lengths, reverse, probe, every_state, backend)
+    options = (
+        training, zoneout, recurrent_dropout, variational, weight_drop, noise, seed, reset, skip, clip_grad, heads, recompute
+    )  # fmt: skip
+    return run(c, name, given, Options(*options))

@@ -81,16 +81,27 @@ def test_a_backend_that_was_named_runs_or_says_why(machine):
 
 
 def test_a_cell_of_ones_own(machine):
-    """What is compiled at run time takes any; what was compiled beforehand knows the package's."""
+    """It is asked about by itself, whatever its name."""
+    refused, asked = machine
 
     @gk.cell
     def lstm(x, r, s):  # the name of another cell, on purpose
         return tanh(x[0] + r[0])  # noqa: F821
 
-    assert chosen("cuda:0", cell=lstm) == "cuda" and chosen("cpu", cell=lstm) == "reference"
-    assert chosen("cuda:0") == "cuda" and chosen("cpu") == "cpu"
-    with pytest.raises(RuntimeError, match="'lstm' is not one of the package's cells"):
+    assert chosen("cpu") == "cpu"
+    refused["cpu"] = "there is no compiler"
+    assert chosen("cpu", cell=lstm) == "reference" and chosen("cpu") == "cpu"
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run lstm .* there is no compiler"):
         chosen("cpu", cell=lstm, backend="cpu")
+
+
+def test_clipping_is_for_those_that_can(machine, monkeypatch):
+    for name, clips in (("cuda", False), ("triton", True)):
+        monkeypatch.setattr(backends.load(name), "CLIPS", clips)
+    clip = lambda backend: choose(backend, LSTM, torch.float32, torch.device("cuda:0"), clip=True).__name__
+    assert clip(None).endswith("triton") and chosen("cuda:0") == "cuda"
+    with pytest.raises(RuntimeError, match="cannot run lstm .*: its backward does not clip"):
+        clip("cuda")
 
 
 @pytest.mark.parametrize("name", ("triton", "cuda"))

@@ -69,11 +69,10 @@ def test_tangent_equals_forward_mode_through_forward(case):
     want = torch.func.jvp(forward, tuple(t.values()), tuple(v.values()))[1]
     _, *primal = arguments(case, t)
     moving = arguments(case, v)
-    seq, final = reference.tangent(gk.cells.get(case.cell), primal[:6], moving[1:7], primal[6], moving[7], *primal[7:])
+    cell, weights, state, steps = gk.cells.get(case.cell), (*primal[:6], None), primal[6], primal[7:]
+    seq, final = reference.tangent(cell, weights, (*moving[1:7], None), state, moving[7], *steps)
     assert_close_to_truth([*seq, *final], list(want), list(want), name=str(case))
-    nothing = reference.tangent(
-        gk.cells.get(case.cell), primal[:6], [None] * 6, primal[6], [None] * len(primal[6]), *primal[7:]
-    )
+    nothing = reference.tangent(cell, weights, [None] * 7, state, [None] * len(state), *steps)
     assert all((u == 0).all() for part in nothing for u in part)
 
 
@@ -105,7 +104,7 @@ def test_mapped_weight_gradients(cell, layout, reverse):
 
     def call(p, y, h0, sizes, mapped):
         more = (p["x"], y, None, h0, sizes, reverse, need)
-        return reference.weight_gradients(c, p["dgates"], p["dr"], p["operand"], None, *more, mapped=mapped)
+        return reference.weight_gradients(c, p["dgates"], p["dr"], p["operand"], None, None, *more, mapped=mapped)
 
     flat = {k: v.flatten(0, 1) for k, v in parts.items()}
     got = call(flat, y.flatten(0, 1), h0.flatten(0, 1), None if sizes is None else sizes * N, N)
