@@ -6,18 +6,19 @@ Each alert names the layer, its direction, the optimizer's step and, where there
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradkernels.flow.history import Flow, Layer, Record
-from gradkernels.flow.numbers import HORIZON, from_the_end
+from gradkernels.flow.numbers import HORIZON, changes, from_the_end
 
 QUIET = 64  # records that a condition has to be gone for before it is pointed out again
 
-ADVICE = {
+ADVICE: dict[str, Any] = {
     "vanishing": {
         "lstm": "Begin with the forget gate open: gk.init.forget_bias_(model, 3), or gk.init.chrono_(model, longest_lag) for long sequences.",
         "gru": "Begin with gates that keep the state, gk.init.chrono_(model, longest_lag), and an orthogonal recurrent matrix, gk.init.orthogonal_.",
@@ -75,92 +76,128 @@ class Alert:
         return f"{self.message} {self.advice}"
 
 
-def alerts_of(record: Record, layers: dict[str, Layer], thresholds: Thresholds) -> Iterator[Alert]:
+class Candidate(NamedTuple):
+    """An alert that has not been written out yet: most of them are known from the record before."""
+
+    kind: str
+    layer: str
+    value: float
+    threshold: float
+    say: Callable[[], tuple[int | None, str]]  # the time step, and what there is to say
+
+
+def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds) -> Iterator[Candidate]:
     """What is wrong in this record, the most fundamental first."""
-
-    def alert(kind: str, layer: str, time: int | None, value: float, threshold: float, text: str, advice: Any) -> Alert:
-        known = layers.get(layer)
-        direction = known.direction if known else None
-        where = f"{layer}, step {record.step}" + (f", time step {time}" if time is not None else "")
-        if isinstance(advice, dict):
-            family = known.cell.partition("_")[0] if known and known.cell else "block"
-            advice = advice.get(family, advice["rnn"])
-        return Alert(
-            kind,
-            layer,
-            direction,
-            record.step,
-            time,
-            value,
-            threshold,
-            f"{kind.capitalize()}: {where}: {text}.",
-            advice,
-        )
-
     for name, flow in reversed(record.layers.items()):  # in the order of backward, so that the first is where it began
-        for signal, log10 in flow.signals.items():
-            if not (broken := np.isnan(log10) | np.isposinf(log10)).any():
-                continue
-            hit = broken.nonzero()[0]
-            t = int(hit[0] if layers[name].reverse else hit[-1])
-            text = f"the gradient of {signal} is not a finite number"
-            yield alert("nonfinite", name, t, float(10.0 ** log10[t]), math.inf, text, ADVICE["nonfinite"])
-            break
+        if flow.broken:
+            yield Candidate("nonfinite", name, math.nan, math.inf, partial(_nonfinite, flow, layers[name]))
+    low, high = math.log10(thresholds.vanishing), math.log10(thresholds.exploding)
     for name, flow in record.layers.items():
-        yield from _through_time(name, flow, layers[name], thresholds, alert)
+        layer, reached = layers[name], flow.reached
+        vanishes = reached is not None and reached.start < low
+        if reached is not None and reached.start < low:
+            say = partial(_vanishing, flow, layer, thresholds.vanishing)
+            yield Candidate("vanishing", name, 10.0**reached.start, thresholds.vanishing, say)
+        if reached is not None and reached.top > high:
+            yield Candidate(
+                "exploding", name, 10.0**reached.top, thresholds.exploding, partial(_exploding, flow, layer)
+            )
+        for gate, function in layer.activations if flow.saturation else ():
+            # A gate that stays open or shut is no fault by itself, a long memory is made so; a relu is 0 half of the time.
+            if function == "relu" or (function == "sigmoid" and gate != "h" and not vanishes):
+                continue
+            values = flow.saturation[gate]
+            mean = float(values.mean())
+            if mean >= thresholds.saturated:
+                say = partial(_saturated, values, f"{function} {gate}")
+                yield Candidate("saturated", name, mean, thresholds.saturated, say)
     for name, block in record.blocks.items():
-        ratio = block.entrance - block.exit
-        if ratio < math.log10(thresholds.vanishing):
-            text = f"through the block the gradient shrinks to {10**ratio:.1e} of what it was"
-            yield alert("vanishing", name, None, 10**ratio, thresholds.vanishing, text, ADVICE["vanishing"])
-        elif ratio > math.log10(thresholds.exploding):
-            text = f"through the block the gradient grows to {10**ratio:.1e} times what it was"
-            yield alert("exploding", name, None, 10**ratio, thresholds.exploding, text, ADVICE["exploding"])
-    for name, share in record.dead.items():
-        if share >= thresholds.dead:
-            text = f"no gradient reaches {share:.0%} of the units"
-            yield alert("dead", name, None, share, thresholds.dead, text, ADVICE["dead"])
+        change = block.entrance - block.exit
+        if change < low:
+            text = f"through the block the gradient shrinks to {10**change:.0e} of what it was"
+            yield Candidate("vanishing", name, 10**change, thresholds.vanishing, partial(_plain, text))
+        elif change > high:
+            text = f"through the block the gradient grows to {10**change:.0e} times what it was"
+            yield Candidate("exploding", name, 10**change, thresholds.exploding, partial(_plain, text))
+    for name, dead in record.dead.items():
+        if dead >= thresholds.dead:
+            text = f"no gradient reaches {dead:.0%} of the units"
+            yield Candidate("dead", name, dead, thresholds.dead, partial(_plain, text))
     for name, group in record.parameters.items():
         moved = group.update_ratio
-        if moved is not None and group.grad > 0 and group.norm > 0 and moved < thresholds.stalled:
-            text = f"an update changes the weights by {moved:.1e} of their norm"
-            yield alert("stalled", name, None, moved, thresholds.stalled, text, ADVICE["stalled"])
+        if moved is not None and group.grad > 0 and moved < thresholds.stalled:
+            text = f"an update changes the weights by {moved:.0e} of their norm"
+            yield Candidate("stalled", name, moved, thresholds.stalled, partial(_plain, text))
 
 
-def _through_time(name: str, flow: Flow, layer: Layer, thresholds: Thresholds, alert: Any) -> Iterator[Alert]:
-    """Vanishing, exploding and saturated, of one layer."""
-    log10 = flow.signals.get("h", flow.signals.get("x"))
-    vanishes = False
-    if log10 is not None and np.isfinite(log10).any():
-        what = "dL/dh" if "h" in flow.signals else "dL/dx"
-        back = from_the_end(log10[None], layer.reverse)[0]
-        T = len(back)
-        time = lambda k: k if layer.reverse else T - 1 - k
-        last = int(np.isfinite(back).argmax())
-        change = back - back[last]
-        reached = np.flatnonzero(change >= math.log10(thresholds.vanishing))[-1]
-        vanishes = reached < T - 1 and not np.isnan(back).any()
-        if vanishes:
-            end = float(10.0 ** change[-1])
-            text = (
-                f"{what} falls below {thresholds.vanishing:.0e} of its value at time step {time(last)}, {reached - last} steps "
-                f"from there" + (f"; at time step {time(T - 1)} it is {end:.0e} of it" if end else "; it ends in zeros")
-            )
-            yield alert("vanishing", name, time(reached + 1), end, thresholds.vanishing, text, ADVICE["vanishing"])
-        finite = np.where(np.isfinite(change), change, -np.inf)
-        top = int(finite.argmax())
-        if finite[top] > math.log10(thresholds.exploding):
-            grown = float(10.0 ** finite[top])
-            text = f"{what} grows to {grown:.0e} times its value at time step {time(last)}"
-            yield alert("exploding", name, time(top), grown, thresholds.exploding, text, ADVICE["exploding"])
-    kinds = dict(layer.activations)
-    for gate, share in flow.saturation.items():
-        mean = float(share.mean())
-        # A gate that stays open or shut is no fault by itself, a long memory is made so; a relu is 0 half of the time.
-        harmless = kinds[gate] == "relu" or (kinds[gate] == "sigmoid" and gate != "h" and not vanishes)
-        if mean >= thresholds.saturated and not harmless:
-            text = f"{mean:.0%} of the values of {kinds[gate]} {gate} are at an end of its range"
-            yield alert("saturated", name, int(share.argmax()), mean, thresholds.saturated, text, ADVICE["saturated"])
+def written(found: Candidate, record: Record, layers: dict[str, Layer]) -> Alert:
+    """The alert in full."""
+    time, text = found.say()
+    layer = layers.get(found.layer)
+    place = f"{found.layer}, step {record.step}" + ("" if time is None else f", time step {time}")
+    advice = ADVICE[found.kind]
+    if isinstance(advice, dict):
+        family = layer.cell.partition("_")[0] if layer and layer.cell else "block"
+        advice = advice.get(family, advice["gru"])
+    return Alert(
+        found.kind,
+        found.layer,
+        layer.direction if layer else None,
+        record.step,
+        time,
+        found.value,
+        found.threshold,
+        f"{found.kind.capitalize()}: {place}: {text}.",
+        advice,
+    )
+
+
+def _plain(text: str) -> tuple[None, str]:
+    return None, text
+
+
+def _nonfinite(flow: Flow, layer: Layer) -> tuple[int, str]:
+    for signal, log10 in flow.signals.items():
+        hit = np.flatnonzero(np.isnan(log10) | np.isposinf(log10))
+        if len(hit):  # backward meets it where the recurrence ends
+            return int(
+                hit[0] if layer.reverse else hit[-1]
+            ), f"the gradient of {signal} is no finite number from here on"
+    raise AssertionError("nothing is broken")
+
+
+def _through_time(flow: Flow, layer: Layer) -> tuple[str, Any, Callable[[int], int]]:
+    """The signal that tells of the state, its change over the distance, and the time step at a distance."""
+    name = layer.states[0] if layer.states else "x"
+    back = from_the_end(flow.signals[name][None], layer.reverse)
+    T = back.shape[1]
+    return f"dL/d{name}", changes(back)[1][0], lambda k: k if layer.reverse else T - 1 - k
+
+
+def _vanishing(flow: Flow, layer: Layer, threshold: float) -> tuple[int, str]:
+    what, change, time = _through_time(flow, layer)
+    assert flow.reached is not None
+    first, above = flow.reached.last, np.flatnonzero(change >= math.log10(threshold))
+    far, end = int(above[-1]), len(change) - 1
+    rest = (
+        f"at time step {time(end)} it is {10.0 ** change[end]:.0e} of it"
+        if change[end] > -np.inf
+        else "it ends in zeros"
+    )
+    text = f"{what} falls below {threshold:.0e} of its value at time step {time(first)}, {far + 1 - first} steps back; {rest}"
+    return time(far + 1), text
+
+
+def _exploding(flow: Flow, layer: Layer) -> tuple[int, str]:
+    what, change, time = _through_time(flow, layer)
+    assert flow.reached is not None
+    top = int(np.where(np.isfinite(change), change, -np.inf).argmax())
+    text = f"{what} grows to {10.0 ** change[top]:.0e} times its value at time step {time(flow.reached.last)}"
+    return time(top), text
+
+
+def _saturated(share: Any, what: str) -> tuple[int, str]:
+    return int(share.argmax()), f"{share.mean():.0%} of the values of {what} are at an end of its range"
 
 
 class Alerts:
@@ -171,14 +208,16 @@ class Alerts:
         self.most = most
         self._seen: dict[tuple[str, str], int] = {}  # the last record with it
 
-    def new(self, record: Record, candidates: Iterator[Alert]) -> list[Alert]:
-        """Of the candidates those that were not there before."""
-        fresh = []
-        for alert in candidates:
-            key = alert.kind, alert.layer
+    def look(self, record: Record, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True) -> list[Alert]:
+        """What this record has and the ones before had not; `keep`: remember it."""
+        fresh = {}
+        for found in candidates(record, layers, thresholds):
+            key = found.kind, found.layer
             last = self._seen.get(key)
-            if last is None or record.index - last > QUIET:
-                fresh.append(alert)
-            self._seen[key] = record.index
-        self.found += fresh[: max(0, self.most - len(self.found))]
-        return fresh
+            if key not in fresh and (last is None or record.index - last > QUIET):
+                fresh[key] = written(found, record, layers)
+            if keep:
+                self._seen[key] = record.index
+        if keep:
+            self.found += [*fresh.values()][: max(0, self.most - len(self.found))]
+        return [*fresh.values()]

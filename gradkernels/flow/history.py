@@ -5,9 +5,10 @@ Dims: T time steps of the sequences of that step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,14 +37,22 @@ class Layer:
 class Flow:
     """Of one layer at one optimizer step. What is missing was not measured; -inf is a zero, or below the range of its dtype."""
 
-    signals: dict[str, Array]  # log10 of ||dL/dh_t||, ||dL/dc_t||, ||dL/dx_t|| by name [T]
-    saturation: dict[str, Array]  # share of saturated values by gate [T]
-    horizon: int | None
-    decay: Decay | None
+    signals: dict[str, Array] = field(
+        default_factory=dict
+    )  # log10 of ||dL/dh_t||, ||dL/dc_t||, ||dL/dx_t|| by name [T]
+    saturation: dict[str, Array] = field(default_factory=dict)  # share of saturated values by gate [T]
+    horizon: int | None = None
+    decay: Decay | None = None
+    reached: Reach | None = None
+    broken: bool = False  # something is no finite number
 
-    @property
-    def size(self) -> int:
-        return sum(v.size for v in (*self.signals.values(), *self.saturation.values()))
+
+class Reach(NamedTuple):
+    """How far a gradient has come, against its value where the loss enters: the last step of the recurrence that has one."""
+
+    last: int  # how many steps before the end that is
+    start: float  # decades of change until the other end of the sequence; -inf: zeros there
+    top: float  # decades of change where it is largest
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,11 @@ class Record:
         default_factory=dict, repr=False
     )  # what a snapshot shows of it, once it has been asked for
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        return 8 + sum(flow.size for flow in self.layers.values())
+        """How many numbers it holds, about."""
+        flows = self.layers.values()
+        return 8 + sum(v.size for flow in flows for v in (*flow.signals.values(), *flow.saturation.values()))
 
 
 class History:
@@ -92,7 +103,7 @@ class History:
     >>> for k in range(40):
     ...     history.append(Record(step=k + 1, index=k, layers={}))
     >>> [record.index for record in history]
-    [0, 16, 24, 32, 36, 37, 38, 39]
+    [0, 16, 32, 35, 36, 37, 38, 39]
     """
 
     def __init__(self, keep: int = 512, values: int = 1_000_000) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,17 +14,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradkernels.flow.alerts import Alert, Alerts, FlowError, FlowWarning, Thresholds, alerts_of
+from gradkernels.flow.alerts import Alert, Alerts, FlowError, FlowWarning, Thresholds
 from gradkernels.flow.history import History, Layer, Record
 from gradkernels.flow.measure import Step, records
+from gradkernels.flow.ranks import group_of, reduce
 from gradkernels.flow.snapshot import snapshot
-from gradkernels.flow.taps import DETAILS, NORMS, OFF, Recurrent, Sequence, points, readable
+from gradkernels.flow.taps import DETAILS, NORMS, OFF, Sequence, points
+from gradkernels.flow.weights import Weights, groups
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DETAILED = 16  # of so many recorded steps one measures saturation and parameters, too
-TOGETHER = 16  # recorded steps are read together
+DETAILED = (
+    64  # of so many recorded steps one measures everything; before that the first, second, third, fifth, ninth ...
+)
+TOGETHER = 64  # recorded steps are read together
+TOGETHER_RANKS = 16  # and summed over ranks
+WAIT = 1.0  # seconds, after which fewer are read
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Monitor]] = weakref.WeakKeyDictionary()
 
@@ -50,6 +56,7 @@ class Monitor:
         on_alert: Callable[[Alert], object] | None = None,
         raise_on: Iterable[str] = (),
         log: Iterable[Callable[[Record], object]] = (),
+        group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -66,7 +73,7 @@ class Monitor:
         self.every, self.scaler, self.clip, self.spectra = every, scaler, clip, spectra
         self.thresholds = thresholds or Thresholds()
         self.on_alert, self.raise_on, self.log = on_alert, frozenset(raise_on), list(log)
-        self.model = weakref.ref(model)
+        self.model, self.group = weakref.ref(model), group or group_of(model)
         self.name = type(getattr(model, "module", getattr(model, "_orig_mod", model))).__name__
         self.step_count = 0
         self.device = next(model.parameters()).device
@@ -76,14 +83,14 @@ class Monitor:
         }
         self._history, self._alerts = History(keep), Alerts()
         self._pending: list[Step] = []
+        self._untold: list[tuple[Record, list[Alert]]] = []
         self._lock = threading.RLock()
         self._clips = [0, 0]  # steps clipped, of how many
         self._spectra: list[tuple[int, Any]] = []
         self._nonfinite: Alert | None = None
-        self._silent, self._closed = 0, False
-        self._groups = _groups(model)
+        self._silent, self._closed, self._read = 0, False, time.monotonic()
+        self._weights = Weights(model)
         self._mine: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        self._before: dict[int, Tensor] = {}  # weights before this step's update, by id
         for module in model.modules():
             _watched[module] = weakref.ref(self)
         self._hook(model)
@@ -117,8 +124,9 @@ class Monitor:
     def _updates(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer has a parameter of the model."""
         if optimizer not in self._mine:
-            ids = {id(p) for _, parameters in self._groups for p in parameters}
-            self._mine[optimizer] = any(id(p) in ids for g in optimizer.param_groups for p in g["params"])
+            if (model := self.model()) is not None:
+                self._weights.groups = groups(model)  # a wrapper may have replaced parameters since
+            self._mine[optimizer] = self._weights.touched_by(optimizer)
         return self._mine[optimizer]
 
     @property
@@ -126,7 +134,8 @@ class Monitor:
         """What the step under way measures."""
         if self._closed or self.step_count % self.every:
             return OFF
-        return NORMS if self.step_count // self.every % DETAILED else DETAILS
+        index = self.step_count // self.every
+        return DETAILS if index % DETAILED == 0 or (index < DETAILED and not index & (index - 1)) else NORMS
 
     def _arm(self) -> None:
         level = self._level
@@ -135,13 +144,8 @@ class Monitor:
                 point.arm(level)
 
     def _before_update(self, optimizer: Optimizer) -> None:
-        if self._level != DETAILS or not self._updates(optimizer):
-            return
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._before[id(p)] = p.detach().clone()
+        if self._level == DETAILS and self._updates(optimizer):
+            self._weights.keep(optimizer)
 
     def step(self) -> None:
         """Take what has been measured since the last call: an optimizer step is over.
@@ -160,7 +164,11 @@ class Monitor:
             self._arm()
         if self.spectra is not None and (self.step_count - 1) % self.spectra == 0:
             self._take_spectra()
-        if len(self._pending) >= TOGETHER:
+        many = len(self._pending)
+        if self.group is not None:  # every rank at the same step
+            if many >= TOGETHER_RANKS:
+                self.sync()
+        elif many >= TOGETHER or (many and time.monotonic() - self._read > WAIT):
             self.flush()
 
     def _collect(self, level: int) -> None:
@@ -168,64 +176,68 @@ class Monitor:
         scale = None
         if self.scaler is not None and self.scaler.is_enabled():
             scale = self.scaler._scale.clone() if self.scaler._scale is not None else None
-        step = Step(self.step_count + 1, self.step_count // self.every, found, scale)
+        step = Step(self.step_count + 1, self.step_count // self.every, found, scale, level=level)
         if level == DETAILS:
-            self._measure_parameters(step)
+            self._weights.measure(step, self._points)
         if self._points and not found:
             self._silent += 1
             if self._silent == 3 and not len(self._history):
                 warnings.warn(_NOTHING, FlowWarning, stacklevel=4)
-        if found or step.parameters:
+        if found or step.parameters or self.group is not None:
             self._pending.append(step)
-
-    @torch.no_grad()
-    def _measure_parameters(self, step: Step) -> None:
-        unknown = torch.full((), math.nan, dtype=torch.double, device=self.device)
-        for name, parameters in self._groups:
-            live = [p for p in parameters if p.grad is not None]
-            if not live:
-                continue
-            old = [self._before.get(id(p)) for p in live]
-            weights = [p.detach() if o is None else o for p, o in zip(live, old)]
-            change = [p.detach() - o for p, o in zip(live, old) if o is not None]
-            sums = [_square(weights), _square([p.grad for p in live if p.grad is not None])]
-            sums.append(_square(change) if len(change) == len(live) else unknown)
-            step.parameters[name] = torch.stack([s.to(sums[0].device) for s in sums])
-        self._before = {}
-        for point in self._points:
-            if isinstance(point, Recurrent) and (module := point.module()) is not None:
-                for k, layer in enumerate(point.layers):
-                    share = _dead(module, k)
-                    if share is not None:
-                        step.dead[layer.name] = share
 
     # ------ what has been found
 
     def flush(self) -> None:
-        """Turn what steps have left into records now; it happens by itself every few recorded steps, and when somebody reads."""
+        """Turn what steps have left into records now, and tell sinks and callbacks; it happens by itself now and then.
+
+        With a process group all ranks have to do it together: see :meth:`sync`.
+        """
+        if self.group is None:
+            self._drain()
+        self._tell()
+
+    def sync(self) -> None:
+        """:meth:`flush` on every rank of the group: a collective call. It happens by itself every 16 recorded steps."""
         with self._lock:
+            if self.group is not None and self._pending:
+                reduce(self._pending, self._points, self._weights.names, self.group, self.device)
+            self._drain()
+        self._tell()
+
+    def _drain(self) -> None:
+        """Pending steps become records. Whoever may be reading, from whichever thread: nobody is told here."""
+        with self._lock:
+            self._read = time.monotonic()
             pending, self._pending = self._pending, []
-            made = records(pending) if pending else []
-            fresh: list[Alert] = []
-            for record in made:
+            for record in records(pending) if pending else ():
+                if not (record.layers or record.blocks or record.parameters):
+                    continue
                 self._history.append(record)
                 if self.clip is not None and record.grad_norm is not None:
                     self._clips[0] += record.grad_norm >= self.clip * (1 - 1e-3)
                     self._clips[1] += 1
-                fresh += self._alerts.new(record, alerts_of(record, self.layers, self.thresholds))
-            if self._nonfinite is None:
-                self._nonfinite = next((a for a in fresh if a.kind == "nonfinite"), None)
-        for record in made:
+                fresh = self._alerts.look(record, self.layers, self.thresholds)
+                if self._nonfinite is None:
+                    self._nonfinite = next((a for a in fresh if a.kind == "nonfinite"), None)
+                self._untold.append((record, fresh))
+
+    def _tell(self) -> None:
+        """The thread that trains tells sinks and callbacks what is new, and raises what was asked for."""
+        with self._lock:
+            untold, self._untold = self._untold, []
+        for record, fresh in untold:
             for sink in self.log:
                 sink(record)
-        for alert in fresh:
-            if self.on_alert is not None:
-                self.on_alert(alert)
-            else:
-                warnings.warn(str(alert), FlowWarning, stacklevel=2)
-        for alert in fresh:
-            if alert.kind in self.raise_on:
-                raise FlowError(str(alert))
+            for alert in fresh:
+                if self.on_alert is not None:
+                    self.on_alert(alert)
+                else:
+                    warnings.warn(str(alert), FlowWarning, stacklevel=2)
+        for _, fresh in untold:
+            for alert in fresh:
+                if alert.kind in self.raise_on:
+                    raise FlowError(str(alert))
 
     def _take_spectra(self) -> None:
         from gradkernels.flow.spectrum import spectrum
@@ -238,7 +250,7 @@ class Monitor:
     def _now(self) -> Record | None:
         """A record of what the step under way has measured so far."""
         found = {(point, k): g for point in self._points for k, g in point.peek()}
-        if not found:
+        if not found or self.group is not None:
             return None
         scale = self.scaler._scale.clone() if self.scaler is not None and self.scaler._scale is not None else None
         return records([Step(self.step_count + 1, self.step_count // self.every, found, scale)])[0]
@@ -246,7 +258,8 @@ class Monitor:
     @property
     def history(self) -> list[Record]:
         """The records there are, oldest first, with one of the step under way if it has measured something already."""
-        self.flush()
+        if self.group is None:
+            self._drain()
         now = self._now()
         with self._lock:
             return [*self._history, *([now] if now else [])]
@@ -254,14 +267,12 @@ class Monitor:
     @property
     def alerts(self) -> list[Alert]:
         """Everything that was pointed out, oldest first."""
-        self.flush()
+        if self.group is None:
+            self._drain()
         now = self._now()
         with self._lock:
             found = list(self._alerts.found)
-        if now is not None:
-            known = {(a.kind, a.layer) for a in found}
-            found += [a for a in alerts_of(now, self.layers, self.thresholds) if (a.kind, a.layer) not in known]
-        return found
+            return found + (self._alerts.look(now, self.layers, self.thresholds, keep=False) if now else [])
 
     def _latest(self, layer: str | None) -> tuple[str, Any]:
         if layer is not None and layer not in self.layers:
@@ -284,8 +295,9 @@ class Monitor:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything there is as numbers, lists and texts, ready for JSON; may be called from another thread."""
-        self.flush()
         with self._lock:
+            if self.group is None:
+                self._drain()
             return snapshot(self)
 
     def close(self) -> None:
@@ -302,7 +314,9 @@ class Monitor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is None:
+            self.sync()
         self.close()
 
 
@@ -319,41 +333,6 @@ def _release(handles: list[Any], points: list[Any], scaler: Any) -> None:
         point.close()
     if scaler is not None:
         scaler.__dict__.pop("update", None)
-
-
-def _square(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(tensors, 2, torch.double)
-    return torch.stack([v.square() for v in norms]).sum()
-
-
-def _groups(model: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
-    """Parameters by the module that has them, those of a recurrent module by layer and direction too."""
-    found: dict[str, list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        layers = (
-            {n: names[0].removeprefix("weight_ih_") for names in module._all_weights for n in names}
-            if isinstance(module, nn.RNNBase)
-            else {}
-        )
-        for n, p in module.named_parameters(recurse=False):
-            if id(p) not in seen:
-                seen.add(id(p))
-                key = readable(name) or type(module).__name__
-                found.setdefault(f"{key}.{layers[n]}" if n in layers else key, []).append(p)
-    return list(found.items())
-
-
-def _dead(module: nn.RNNBase, k: int) -> Tensor | None:
-    """The share of units of layer k whose rows in both weights' gradients are zero in every gate."""
-    alive = None
-    for name in module._all_weights[k][:2]:
-        weight = module._parameters.get(name)
-        if weight is None or weight.grad is None:
-            return None
-        rows = (weight.grad != 0).any(1).view(-1, module.hidden_size).any(0)
-        alive = rows if alive is None else alive | rows
-    return None if alive is None else 1.0 - alive.double().mean()
 
 
 def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) -> Monitor:

@@ -43,6 +43,14 @@ def from_the_end(log10: Array, reverse: bool) -> Array:
     return log10 if reverse else log10[:, ::-1]
 
 
+def changes(back: Array) -> tuple[Array, Array]:
+    """For each row of `back` [n, T], log10 norms over the distance: where the loss comes in, which is the first finite one, and the
+    decades of change from there [n, T]."""
+    first = np.isfinite(back).argmax(1)
+    with np.errstate(invalid="ignore"):
+        return first, back - back[np.arange(len(back)), first][:, None]
+
+
 def horizons(back: Array, threshold: float = HORIZON) -> list[int | None]:
     """The largest k with ||dL/dh_{T-k}|| >= threshold ||dL/dh_T||, for each row of `back` [n, T], log10 norms over the distance.
 
@@ -51,16 +59,12 @@ def horizons(back: Array, threshold: float = HORIZON) -> list[int | None]:
     >>> horizons(np.array([[0.0, -1, -2, -4, -5], [-np.inf, 1, 0, -1, -2], [-np.inf] * 5]))
     [2, 3, None]
     """
-    n, T = back.shape
-    if not T:
-        return [None] * n
-    finite = np.isfinite(back)
-    last = finite.argmax(1)  # where the loss comes in
-    rows = np.arange(n)
-    floor = back[rows, last] + math.log10(threshold)
-    reaches = finite & (back >= floor[:, None])
-    far = T - 1 - reaches[:, ::-1].argmax(1)
-    return [int(k) if ok else None for k, ok in zip(far - last, reaches.any(1))]
+    if not back.size:
+        return [None] * len(back)
+    first, change = changes(back)
+    reaches = (change >= math.log10(threshold)) & np.isfinite(change)
+    far = back.shape[1] - 1 - reaches[:, ::-1].argmax(1)
+    return [k if some else None for k, some in zip((far - first).tolist(), np.any(reaches, 1).tolist())]
 
 
 def decays(back: Array) -> list[Decay | None]:
@@ -69,17 +73,13 @@ def decays(back: Array) -> list[Decay | None]:
     >>> decays(np.array([[0.0, -0.5, -1.0, -1.5, -np.inf]]))
     [Decay(rate=0.5, r2=1.0)]
     """
-    T = back.shape[1]
-    w = np.isfinite(back)
-    count = w.sum(1)
-    y = np.where(w, back, 0.0).astype(np.float64)
-    k = np.arange(T, dtype=np.float64)
-    many = np.maximum(count, 1)
-    mk, my = (w * k).sum(1) / many, y.sum(1) / many
-    dk, dy = w * (k - mk[:, None]), np.where(w, y - my[:, None], 0.0)
-    kk, yy, ky = (dk * dk).sum(1), (dy * dy).sum(1), (dk * dy).sum(1)
-    found: list[Decay | None] = []
-    for c, a, b, ab in zip(count, kk, yy, ky):
-        flat = b <= 1e-20 * c  # a level line is explained by its mean
-        found.append(Decay(float(-ab / a), 1.0 if flat else float(ab * ab / (a * b))) if c >= 3 else None)
-    return found
+    here = np.isfinite(back)
+    k = np.arange(back.shape[1]) - 0.5 * (back.shape[1] - 1)
+    powers = np.stack([np.ones_like(k), k, k * k], 1)
+    y = np.where(here, back, 0.0).astype(np.float64)
+    (c, sk, skk), (sy, sky), syy = (here @ powers).T, (y @ powers[:, :2]).T, np.einsum("nt,nt->n", y, y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vk, vy, vky = skk - sk * sk / c, syy - sy * sy / c, sky - sk * sy / c
+        explained = np.where(vy > 1e-12 * syy, vky * vky / (vk * vy), 1.0)  # a level line is explained by its mean
+        rate = -vky / vk
+    return [Decay(r, e) if n >= 3 else None for n, r, e in zip(c.tolist(), rate.tolist(), explained.tolist())]

@@ -37,7 +37,7 @@ def snapshot(monitor: Monitor) -> dict[str, Any]:
             {**row, "kind": p.kind}
             for p, row in zip(blocks, table("blocks", ("entrance", "exit", "residual_share"), [p.name for p in blocks]))
         ],
-        "parameters": table("parameters", ("norm", "grad", "update_ratio"), [name for name, _ in monitor._groups]),
+        "parameters": table("parameters", ("norm", "grad", "update_ratio"), monitor._weights.names),
         "spectra": [{**s.to_dict(), "step": step} for step, s in monitor._spectra],
         "alerts": [alert.to_dict() for alert in monitor._alerts.found],
         "clip_rate": monitor._clips[0] / monitor._clips[1] if monitor._clips[1] else None,

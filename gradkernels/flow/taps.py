@@ -25,7 +25,7 @@ from gradkernels.flow.history import Layer
 from gradkernels.nn.recurrent import RNNBase
 from gradkernels.ops._recurrent_taps import activations, fit, squares, widths
 
-OFF, NORMS, DETAILS = 0, 1, 2  # what a step measures: nothing, norms, norms and saturation
+OFF, NORMS, DETAILS = 0, 1, 2  # what a step measures: nothing, the norms of states, everything
 LENGTH = 512  # of a leaf before a sequence has been seen
 
 # ---------------------------------------------------------------- what autograd sees
@@ -220,6 +220,10 @@ class Sequence(Point):
                 yield k, found
         self.outgrown = []
 
+    def shapes(self, level: int) -> list[tuple[int, ...]]:
+        """Of the leaves of a step that measures this much."""
+        return [(self.steps, columns[level - 1]) for columns in self.columns]
+
     def peek(self) -> Iterator[tuple[int, Tensor]]:
         """The same, left where it is."""
         for k, leaf in enumerate(self.leaves):
@@ -245,7 +249,7 @@ class Recurrent(Sequence):
             Layer(n, name, "recurrent", cell.name, k // directions, k % directions == 1, states, found)
             for k, n in enumerate(names)
         ]
-        self.columns = [widths(cell)[1:]] * len(names)
+        self.columns = [widths(cell)] * len(names)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -345,6 +349,9 @@ class Residual(Point):
             found, self.leaf.grad = self.leaf.grad, None
             yield 0, found
 
+    def shapes(self, level: int) -> list[tuple[int, ...]]:
+        return [(4,)]
+
     def peek(self) -> Iterator[tuple[int, Tensor]]:
         if self.leaf is not None and self.leaf.grad is not None:
             yield 0, self.leaf.grad.clone()
@@ -354,7 +361,7 @@ def points(model: nn.Module) -> list[Sequence | Residual]:
     """Everything in a model that can be watched, in the order of its modules."""
     from gradkernels import nn as ours
 
-    transformers: list[type] = [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer]
+    transformers: list[Any] = [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer]
     transformers += [t for n in ("TransformerEncoderLayer", "TransformerDecoderLayer") if (t := getattr(ours, n, None))]
     attention = getattr(ours, "AttentionBlock", ())  # a ResidualBlock, too
     found: list[Sequence | Residual] = []
@@ -367,8 +374,9 @@ def points(model: nn.Module) -> list[Sequence | Residual]:
         elif isinstance(module, ours.ResidualBlock):
             kind = "attention" if isinstance(module, attention) else "residual"
             found.append(Residual(name, module, kind, module.norm == "pre", module.sublayer))
-        elif isinstance(module, tuple(transformers)):
-            found.append(Residual(name, module, "transformer", bool(module.norm_first), module.self_attn))
+        elif isinstance(module, (*transformers,)):
+            layer: Any = module
+            found.append(Residual(name, layer, "transformer", bool(layer.norm_first), layer.self_attn))
     return found
 
 

@@ -1,10 +1,10 @@
 """What the gradient of a wide probe holds beyond the squared norms of the states: measured where backward has the tensors anyway.
 
-    columns   S     1      1                        E               1
-              |ds|^2  rows   |dx|^2   saturated values by activation   values looked at
+    columns      S       1       1                   E                    1
+              |ds|^2   rows   |dx|^2   saturated values by activation   values looked at
 
-A probe may end after the second, the third or the last group. Everything is a sum, so that micro-batches, repeated calls,
-ranks and recomputation add up. Saturated is a value within 5 % of an end of its activation's range, or a zero of relu; it is
+A probe has the first two groups, or all. Everything is a sum, so that micro-batches, repeated calls, ranks and recomputation
+add up. Saturated is a value within 5 % of an end of its activation's range, or a zero of relu; it is
 counted in at most `ROWS` rows of the batch, the longest ones.
 
 Dims: T steps, B batch, N tokens, H hidden units, S states, A kept values, E activations.
@@ -22,12 +22,9 @@ from torch import Tensor
 from gradkernels.cells import Cell
 
 ROWS = 4
-# Beyond these an activation hands on less than a fifth of its largest derivative; tanh(x) = 2 sigmoid(2 x) - 1 makes them one.
-SATURATED = {
-    "sigmoid": lambda v: (v - 0.5).abs_() > 0.45,
-    "tanh": lambda v: v.abs() > 0.9,
-    "relu": lambda v: v <= 0,
-}
+# sign (|v - centre| - width) > 0 is saturated: beyond that an activation hands on less than a fifth of its largest derivative.
+# tanh(x) = 2 sigmoid(2 x) - 1 makes the first two one; of a relu it is the zero.
+SATURATED = {"sigmoid": (0.5, 0.45, 1.0), "tanh": (0.0, 0.9, 1.0), "relu": (0.0, 1e-30, -1.0)}
 
 
 @functools.cache
@@ -57,9 +54,10 @@ def activations(cell: Cell) -> tuple[tuple[str, str, str, int], ...]:
     return _activations(cell.source)
 
 
-def widths(cell: Cell) -> tuple[int, ...]:
-    """How many columns a probe may have."""
-    return cell.S + 1, cell.S + 2, cell.S + 3 + len(activations(cell))
+def widths(cell: Cell) -> tuple[int, int]:
+    """How many columns a probe has, without and with details."""
+    E = len(activations(cell))
+    return cell.S + 1, cell.S + 2 + (E + 1 if E else 0)
 
 
 def squares(g: Tensor, batch_sizes: Tensor | None = None, time: int = 0) -> Tensor:
@@ -81,33 +79,36 @@ def saturation(
     batch_sizes: Tensor | None,  # [T]
     lengths: Tensor | None,  # [B]
 ) -> Tensor:
-    """[T, E + 1]: saturated values of each activation, and how many values were looked at."""
-    acts, H = kept[-1], kept[-1].shape[-1]
-    groups = {"t": [y, *kept[: cell.S - 1]], "a": acts.unbind(1)}
+    """[T, E + 1], for a cell that has activations: saturated values of each activation, and how many values were looked at."""
+    acts, places = kept[-1], activations(cell)
+    H, of_a = acts.shape[-1], [k for *_, group, k in places if group == "a"]
+    of_t = [[y, *kept[: cell.S - 1]][k] for *_, group, k in places if group == "t"]
     if batch_sizes is not None:
-        rows = torch.arange(ROWS)
-        place = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + rows
+        T, rows = batch_sizes.shape[0], torch.arange(ROWS)
+        first = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + rows
         live = (rows < batch_sizes.unsqueeze(1)).to(y.device, non_blocking=True)
-        place = place.clamp(max=y.shape[0] - 1).flatten().to(y.device, non_blocking=True)
-        pick = lambda v: v.index_select(0, place).unflatten(0, (-1, ROWS))
+        first = first.clamp(max=y.shape[0] - 1).flatten().to(y.device, non_blocking=True)
+        pick = lambda v: v.index_select(0, first)
     else:
         T, B = y.shape[:2]
         r = min(B, ROWS)
         if lengths is None:
             live = None
-            pick = lambda v: v.reshape(T, B, -1)[:, :r]
+            pick = lambda v: v[:, :r]
         else:
             chosen = lengths.to(y.device).topk(r)
             live = torch.arange(T, device=y.device).unsqueeze(1) < chosen.values
-            pick = lambda v: v.reshape(T, B, -1).index_select(1, chosen.indices)
-    columns = []
-    for _, function, group, k in activations(cell):
-        at_end = SATURATED[function](pick(groups[group][k]))
-        at_end = at_end if live is None else at_end & live.unsqueeze(2)
-        columns.append(at_end.sum((1, 2), dtype=torch.double))
-    like = columns[0] if columns else squares(y, batch_sizes)
-    looked_at = torch.full_like(like, r * H) if live is None else live.sum(1, dtype=torch.double) * H
-    return torch.stack([*columns, looked_at], 1)
+            pick = lambda v: v.index_select(1, chosen.indices)
+        acts = acts.view(T, B, *acts.shape[1:])
+    planes = [pick(v).reshape(T, -1, 1, H) for v in of_t]
+    if of_a:
+        planes.append(pick(acts).reshape(T, -1, cell.A, H)[:, :, of_a if len(of_a) < cell.A else slice(None)])
+    ends = acts.new_tensor([SATURATED[function] for _, function, *_ in places]).unsqueeze(2).unbind(1)
+    centre, width, sign = ends
+    count = (torch.cat(planes, 2) - centre).abs_().sub_(width).mul_(sign).gt_(0).sum(3, dtype=torch.float32)
+    count = (count if live is None else torch.where(live.unsqueeze(2), count, 0)).sum(1, dtype=torch.double)
+    looked_at = count.new_full((T,), r * H) if live is None else live.sum(1, dtype=torch.double) * H
+    return torch.cat([count, looked_at.unsqueeze(1)], 1)
 
 
 def measured(
@@ -119,13 +120,14 @@ def measured(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
 ) -> Tensor:
-    """All columns that the probe has, [T, width]. What is not computed, the gradient of an input that wants none, counts as 0."""
-    S = cell.S
-    if width == S + 1:
+    """All columns of the probe, [T, width]. The gradient of an input that wants none is not there, and counts as 0."""
+    if width == cell.S + 1:
         return norms
-    moved = norms.new_zeros(norms.shape[0]) if dx is None else squares(dx.detach(), batch_sizes)
-    columns = [norms, moved.unsqueeze(1)]
-    if width > S + 2:
+    columns = [
+        norms,
+        (norms.new_zeros(norms.shape[0]) if dx is None else squares(dx.detach(), batch_sizes)).unsqueeze(1),
+    ]
+    if activations(cell):
         columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))
     return torch.cat(columns, 1)
 
