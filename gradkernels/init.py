@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -94,15 +95,16 @@ def spectral_norm_(module: Module, value: float) -> Module:
     if not 0 <= value < torch.inf:
         raise ValueError(f"value must be a norm, finite and not negative, got {value}")
     every = found(module)
-    norms = {part: [torch.linalg.matrix_norm(w, 2).item() for w in part.blocks()] for part in every}
+    norm = lambda w: torch.linalg.matrix_norm(w, 2).item() if w.isfinite().all() else torch.nan
+    norms = {part: [norm(w) for w in part.blocks()] for part in every}
     for part, lengths in norms.items():
-        for gate, norm in zip(part.gates, lengths):
-            if not 0 < norm < torch.inf:
+        for gate, length in zip(part.gates, lengths):
+            if not 0 < length < torch.inf:
                 raise ValueError(
-                    f"{part.name}: the block of gate {gate} has norm {norm} and cannot be scaled to {value}"
+                    f"{part.name}: the block of gate {gate} has norm {length} and cannot be scaled to {value}"
                 )
     for part, lengths in norms.items():
-        _set_blocks(part, [w * (value / norm) for w, norm in zip(_blocks(part), lengths)])
+        _set_blocks(part, [w * (value / length) for w, length in zip(_blocks(part), lengths)])
     return module
 
 
@@ -224,20 +226,14 @@ def _roles(cell: Cell) -> tuple[int, int, int | None] | None:
 
     def slope(j: int, gate: int, end: int, group: str, index: int) -> float:
         """dt_j by one of a group, the gate being open (end = 1) or closed (-1)."""
-        values = {name: [plane(name == "m") for _ in range(n)] for name, n in groups.items()}
+        values = {name: [plane(name in "sm") for _ in range(n)] for name, n in groups.items()}
         values["x"][gate] = plane(40 * end)
         values |= {"d" + name: [plane((name, k) == (group, index)) for k in range(n)] for name, n in groups.items()}
         return cell.tangent(*[values[name] for name in names])[1][j].item()
 
-    for j in range(cell.S):
-        for gate in range(cell.G):
-            for sign in (1, -1):
-                if _near(slope(j, gate, sign, "s", j), 1) and _near(slope(j, gate, -sign, "s", j), 0):
-                    return (
-                        gate,
-                        sign,
-                        next((k for k in range(cell.G) if k != gate and _writes(cell, slope, j, k)), None),
-                    )
+    for j, sign, gate in itertools.product(range(cell.S), (1, -1), range(cell.G)):
+        if _near(slope(j, gate, sign, "s", j), 1) and _near(slope(j, gate, -sign, "s", j), 0):
+            return gate, sign, next((k for k in range(cell.G) if k != gate and _writes(cell, slope, j, k)), None)
     return None
 
 

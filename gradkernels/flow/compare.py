@@ -222,9 +222,10 @@ def _measure(
     """log10 norms [T] by signal, and log10 of the norm of all parameters' gradients."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = copy.deepcopy(given) if isinstance(given, nn.Module) else given() if callable(given) else given
+        model = given() if callable(given) and not isinstance(given, nn.Module) else given
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name}: a module or a function that makes one is expected, got {type(model).__name__}")
+        model = copy.deepcopy(model)
         # in evaluation nothing is dropped, and every parameter takes part
         model = convert(model.cpu().double()).eval().requires_grad_()
         width = input_size or _width(name, model)

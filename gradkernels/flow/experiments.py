@@ -127,15 +127,18 @@ def spectral_norms(values: Sequence[float] = (0.8, 1.0, 1.2), steps: int = 50, *
     ones have the same norm but a radius of about half, and follow the radius. "driven" ones are orthogonal with inputs from N(0, 1), and
     vanish for every norm here: the slopes of saturated units decide, as mean field theory says.
     """
+    kinds: dict[str, tuple[Callable[[float], nn.Module], str]] = {
+        "orthogonal": (lambda v: _quiet(_rnn(gk.init.orthogonal_, v)), "bound"),
+        "random": (lambda v: _quiet(_rnn(gk.init.spectral_norm_, v)), "radius"),
+        "driven": (lambda v: _rnn(gk.init.orthogonal_, v), "mean field"),
+    }
     models: dict[str, Made] = {}
-    for v in values:
-        models[f"orthogonal {v:g}"] = partial(_quiet, gk.init.orthogonal_, v)
-        models[f"random {v:g}"] = partial(_quiet, gk.init.spectral_norm_, v)
-        models[f"driven {v:g}"] = partial(_rnn, gk.init.orthogonal_, v)
     lines: list[Line] = []
-    for name, wanted in {"orthogonal": "bound", "random": "radius", "driven": "mean field"}.items():
+    for kind, (make, wanted) in kinds.items():
         for v in values:
-            lines += [line for line in _theory(f"{name} {v:g}", models, steps) if line.name.endswith(wanted)]
+            name = f"{kind} {v:g}"
+            models[name] = partial(make, v)
+            lines += [line for line in _theory(name, models[name], steps) if line.name == wanted]
     measured = compare(models, [steps], signal="h", title="one spectral norm, three fates", **options)
     return replace(measured, lines=lines)
 
@@ -148,7 +151,7 @@ def activations(steps: int = 50, **options: Any) -> Comparison:
     models: dict[str, Made] = {
         name: partial(_rnn, gk.init.orthogonal_, 1.0, nonlinearity=name) for name in theory.ACTIVATIONS
     }
-    lines = [line for name in models for line in _theory(name, models, steps) if not line.name.endswith("radius")]
+    lines = [line for name in models for line in _theory(name, models[name], steps) if line.name != "radius"]
     measured = compare(models, [steps], signal="h", title="activations, orthogonal weights", **options)
     return replace(measured, lines=lines)
 
@@ -163,20 +166,19 @@ def _rnn(init: Callable[..., Any], value: float, **options: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _quiet(init: Callable[..., Any], value: float) -> nn.Module:
+def _quiet(rnn: Any) -> nn.Module:
     """With next to no input and no bias: states stay where tanh is linear."""
-    rnn = _rnn(init, value)
     for parameter, share in ((rnn.weight_ih_l0, 1e-6), (rnn.bias_ih_l0, 0.0), (rnn.bias_hh_l0, 0.0)):
         parameter.mul_(share)
     return rnn
 
 
 @torch.no_grad()
-def _theory(name: str, models: Mapping[str, Made], steps: int) -> Iterator[Line]:
+def _theory(name: str, make: Made, steps: int) -> Iterator[Line]:
     """Bound, radius^n and mean field of a simple RNN, with inputs from N(0, 1), from the weights of seed 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rnn = models[name]()
+        rnn: Any = make()
     [w] = spectrum(rnn)
     gain = w.singular_values.square().mean().sqrt().item()  # ||W||_F / sqrt(H)
     bias = rnn.bias_ih_l0 + rnn.bias_hh_l0
@@ -185,4 +187,4 @@ def _theory(name: str, models: Mapping[str, Made], steps: int) -> Iterator[Line]
     greatest = theory.ACTIVATIONS[rnn.nonlinearity].greatest
     for what, rate in {"bound": greatest * w.norm, "radius": greatest * w.radius, "mean field": factor}.items():
         back = [theory.power(rate, n) for n in reversed(range(steps))]
-        yield Line(f"{name}: {what}", steps, "h", np.array(back), name)
+        yield Line(what, steps, "h", np.array(back), name)

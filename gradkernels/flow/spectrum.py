@@ -59,7 +59,7 @@ def spectrum(module: nn.Module) -> list[Spectrum]:
             Behind a projection (proj_size) a block is W_k W_hr. Cells without a recurrent product have no spectrum.
 
     Returns:
-        one `Spectrum` per block, in the order of the model, gates in torch's order (i f g o; r z n). Of weights that are not finite
+        one `Spectrum` per block, in the order of the model, gates in torch's order (i f g o; reset z n). Of weights that are not finite
         it is NaN.
 
     Raises:

@@ -16,8 +16,10 @@ from torch.nn.utils import parametrize
 from gradkernels import cells
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from gradkernels.nn.recurrent import NAMES, Recurrent, RNNBase
+from gradkernels.ops._recurrent_taps import activations
 
-GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
+# Of cells whose gates are not the activations that they keep.
+GATES = {"lstm_layer_norm": "i f g o", "gru_layer_norm": "reset z n", "slstm": "i f z o"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Part:
 
     @property
     def gates(self) -> list[str]:
-        """Names of the gates, in the order of their blocks."""
-        return list(GATES.get(self.cell.name, map(str, range(self.cell.G))))
+        """Names of the gates, in the order of their blocks; numbers, where a cell of one's own does not tell."""
+        names = GATES.get(self.cell.name, "").split() or [name for name, *_ in activations(self.cell)]
+        return names if len(names) == self.cell.G else [str(k) for k in range(self.cell.G)]
 
     def blocks(self) -> list[Tensor]:
         """G recurrent matrices [H, H] from the units before a step to a gate: W_k, or W_k W_hr behind a projection.
