@@ -10,8 +10,10 @@ import torch
 from gradkernels.backends import backends, choose
 from gradkernels.cells import CELLS
 from tests import place
+from tests.flow.made_up import chromium
 
 collect_ignore = [] if place.GPU else ["nn/test_gpu.py"]
+collect_ignore += [] if chromium() else ["flow/test_report_page.py"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -65,4 +67,5 @@ def seed():
 
 
 def pytest_report_header():
-    return [f"backend {name}: {'runs' if reason is None else reason}" for name, reason in backends().items()]
+    found = [f"backend {name}: {'runs' if reason is None else reason}" for name, reason in backends().items()]
+    return [*found, f"pages: {chromium() or 'not tested: no Chromium, or no playwright, is installed'}"]

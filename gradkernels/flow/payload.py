@@ -43,7 +43,7 @@ def payload(source: Any, seen: Mapping[str, Sequence[int]] | None = None, most: 
     the whole, second by second. The last spectra are sent again: they may have been taken one matrix at a time.
     """
     seen = seen or {}
-    runs = [_run(name, s, *seen.get(name, (-1, -1)), most) for name, s in snapshots(source).items()]
+    runs = [_run(name, one, seen.get(name, (-1, -1)), most) for name, one in snapshots(source).items()]
     return {"runs": runs}
 
 
@@ -70,7 +70,8 @@ def thin(ordinals: Sequence[int], numbers: int, most: int) -> list[int]:
     return found
 
 
-def _run(name: str, snapshot: Snapshot, after: int, after_spectrum: int, most: int) -> dict[str, Any]:
+def _run(name: str, snapshot: Snapshot, seen: Sequence[int], most: int) -> dict[str, Any]:
+    after, after_spectrum = seen
     steps, every = snapshot["steps"], max(1, snapshot.get("every") or 1)
     every_row = (row for layer in snapshot["layers"] for kind in ROWS for rows in layer[kind].values() for row in rows)
     # Steps are counted from 1. Some things are measured at every 16th recorded step only: powers of two keep those.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import secrets
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,7 +70,7 @@ class Server:
         snapshots(monitor)  # raises here, and not in a thread that nobody sees
         self._monitor, self.host, self.token = monitor, host, secrets.token_urlsafe(16)
         self._snapshots: dict[str, Snapshot] = {}
-        self._taken, self._lock = -SECONDS, threading.Lock()
+        self._taken, self._lock, self._complaint = -math.inf, threading.Lock(), ""
         try:
             self._http = _Http((host, port), _Handler)
         except OSError as error:
@@ -76,7 +78,7 @@ class Server:
             raise type(error)(error.errno, f"cannot listen at {host}:{port}: {error.strerror}{advice}") from None
         self._http.owner = self
         self.port: int = self._http.server_address[1]
-        self._thread = threading.Thread(target=self._http.serve_forever, name="gradkernels.flow.serve", daemon=True)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.1,), name="gradkernels.flow.serve", daemon=True)
         self._thread.start()
 
     @property
@@ -90,6 +92,13 @@ class Server:
                 self._snapshots = snapshots(self._monitor)
                 self._taken = time.monotonic()
             return self._snapshots
+
+    def complain(self, error: Exception) -> None:
+        """Print where an error came from, unless it is the one of a second ago again."""
+        text = repr(error)
+        if text != self._complaint:
+            self._complaint = text
+            traceback.print_exception(error)
 
     def wait(self) -> None:
         """Return when the server is closed, or on Ctrl-C, which closes it."""
@@ -133,25 +142,36 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
 
     def do_GET(self) -> None:
-        owner, address = self.server.owner, urlsplit(self.path)
+        address = urlsplit(self.path)
         query = parse_qs(address.query)
         if not self._asked_of_us() or not self._knows_token(query):
             return self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This page needs the address with its token.\n")
-        if address.path == "/":
-            live = {"live": {"milliseconds": POLL_MILLISECONDS}, "comparison": None}
-            return self._answer(HTTPStatus.OK, "text/html", page(payload(owner.current()) | live, connect=True))
-        if address.path == "/report.html":
-            data = payload(owner.current()) | {"comparison": None}
-            return self._answer(HTTPStatus.OK, "text/html", page(data), "gradient-flow.html")
-        if address.path == "/data":
-            found, seen = owner.current(), _seen(query)
-            if seen == {name: last(snapshot) for name, snapshot in found.items()}:
-                return self._answer(HTTPStatus.NO_CONTENT)
-            text = json.dumps(payload(found, seen), allow_nan=False, separators=(",", ":"))
-            return self._answer(HTTPStatus.OK, "application/json", text)
-        return self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is nothing here.\n")
+        try:
+            answer = self._found(address.path, query)
+        except Exception as error:  # noqa: BLE001 - whatever a monitor raises, here it would end a thread and nothing else
+            self.server.owner.complain(error)
+            text = f"{type(error).__name__}: {error}\n"
+            answer = HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", text
+        return self._answer(*answer)
 
     do_HEAD = do_GET
+
+    def _found(self, path: str, query: Mapping[str, list[str]]) -> tuple[Any, ...]:
+        """What there is at a path: the arguments of `_answer`."""
+        owner = self.server.owner
+        if path == "/":
+            live = {"live": {"milliseconds": POLL_MILLISECONDS}, "comparison": None}
+            return HTTPStatus.OK, "text/html", page(payload(owner.current()) | live, connect=True)
+        if path == "/report.html":
+            data = payload(owner.current()) | {"comparison": None}
+            return HTTPStatus.OK, "text/html", page(data), "gradient-flow.html"
+        if path == "/data":
+            found, seen = owner.current(), _seen(query)
+            if seen == {name: last(snapshot) for name, snapshot in found.items()}:
+                return (HTTPStatus.NO_CONTENT,)
+            text = json.dumps(payload(found, seen), allow_nan=False, separators=(",", ":"))
+            return HTTPStatus.OK, "application/json", text
+        return HTTPStatus.NOT_FOUND, "text/plain", "There is nothing here.\n"
 
     def _asked_of_us(self) -> bool:
         """Whether the browser meant this server: a page of another site, under a name that leads here, did not."""

@@ -78,8 +78,11 @@ const isShare = (signal) => signal.startsWith("gate ");
 
 const signalName = (signal) => (isShare(signal) ? `saturated units, ${signal}` : `‖∂L/∂${signal}ₜ‖`);
 
-/** The signal that is shown of a layer: one of torch's own has that of its input and no other. */
-const signalOf = (layer) => (state.signal in layer.rows ? state.signal : layer.kind === "input" && "x" in layer.rows ? "x" : null);
+/** The signal that is shown of a layer: one of torch's own has the gradient of its input and no other. */
+function signalOf(layer) {
+  if (state.signal in layer.rows) return state.signal;
+  return layer.kind === "input" && "x" in layer.rows && !isShare(state.signal) ? "x" : null;
+}
 
 /** The index of the last kept step of a run that is not after `step`, or -1. */
 function indexAt(run, step) {

@@ -93,7 +93,11 @@ function dress(name) {
   theme.textContent = name === "dark" ? "Light" : "Dark";
   theme.setAttribute("aria-label", `${theme.textContent} theme`);
 }
-theme.addEventListener("click", () => dress(remembered(document.documentElement.dataset.theme === "dark" ? "light" : "dark") ?? (document.documentElement.dataset.theme === "dark" ? "light" : "dark")));
+theme.addEventListener("click", () => {
+  const name = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  remembered(name);
+  dress(name);
+});
 system.addEventListener("change", () => remembered() ?? dress(system.matches ? "dark" : "light"));
 dress(remembered() ?? (system.matches ? "dark" : "light"));
 
@@ -106,30 +110,43 @@ function say(kind, text) {
   status.textContent = text;
 }
 
+/** What has come since the page was last told, null if nothing has; throws an error that says why there is no answer. */
+async function more(query) {
+  let answer;
+  try {
+    answer = await fetch(`data?${new URLSearchParams(query)}`, { cache: "no-store" });
+  } catch {
+    throw new Error("no answer");
+  }
+  if (answer.status === 403) throw new Error("another run has this address now");
+  if (!answer.ok) throw new Error((await answer.text()).trim());
+  return answer.status === 200 ? answer.json() : null;
+}
+
 /** Asks for more once a second, less often while nobody answers, and never twice at a time. */
 async function follow({ milliseconds }) {
-  const query = new URLSearchParams(location.search);
-  byId("save").href = `report.html?token=${encodeURIComponent(query.get("token"))}`;
+  const token = new URLSearchParams(location.search).get("token");
+  byId("save").href = `report.html?${new URLSearchParams({ token })}`;
   byId("save").hidden = false;
+  const has = (run) => [run.name, [run.steps.at(-1) ?? -1, run.spectrum_steps.at(-1) ?? -1]];
   let wait = milliseconds;
-  let everything = false;
+  let whole = false; // a part is missing here: everything is asked for
   say("live", "live");
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, wait));
-    const seen = everything ? {} : Object.fromEntries(state.runs.map((run) => [run.name, [run.steps.at(-1) ?? -1, run.spectrum_steps.at(-1) ?? -1]]));
+    let found = null;
     try {
-      const answer = await fetch(`data?${new URLSearchParams({ token: query.get("token"), seen: JSON.stringify(seen) })}`, { cache: "no-store" });
-      if (!answer.ok) throw new Error(String(answer.status));
-      if (answer.status === 200) {
-        everything = !adopt((await answer.json()).runs);
-        if (!everything) changed();
-      }
-      wait = milliseconds;
-      say("live", answer.status === 200 ? "live" : "live, no new step");
+      found = await more({ token, seen: JSON.stringify(whole ? {} : Object.fromEntries(state.runs.map(has))) });
     } catch (error) {
       wait = Math.min(2 * wait, 10 * milliseconds);
-      say("lost", error.message === "403" ? "another run has this address now" : `no answer, asking again every ${Math.round(wait / 1000)} s`);
+      say("lost", `${error.message}; asking again every ${short(wait / 1000)} s`);
+      continue;
     }
+    wait = milliseconds;
+    say("live", found ? "live" : "live, no new step");
+    if (!found) continue;
+    whole = !adopt(found.runs);
+    if (!whole) changed();
   }
 }
 

@@ -51,7 +51,7 @@ function ticks(low, high, count, whole = false) {
 
 /** Maps [low, high] to [from, to]. */
 function linear([low, high], [from, to]) {
-  const slope = high > low ? (to - from) / (high - low) : 0;
+  const slope = high !== low ? (to - from) / (high - low) : 0;
   return (value) => (slope ? from + (value - low) * slope : (from + to) / 2);
 }
 
