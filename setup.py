@@ -1,5 +1,5 @@
-"""Builds the CPU kernels with ninja: the same sources once per instruction set, each an extension module of its own. The CUDA
-kernels are compiled where they run, so that their sources are part of the package.
+"""Builds the CPU kernels with ninja: the same sources once per instruction set, each an extension module of its own. Cells of
+one's own and the CUDA kernels are compiled where they run, so that their sources are part of the package.
 
 Nothing here imports torch. `pip install .`, `pip install -e .` and `python setup.py build_ext --inplace` all come through
 `BuildKernels`. Without a working compiler the installation succeeds, with a warning, and the package runs through its
@@ -7,12 +7,11 @@ reference backend; GRADKERNELS_REQUIRE_COMPILED=1 makes that an error (0 turns t
 the warning). CXX selects the compiler, MAX_JOBS the number of compilations at once.
 """
 
+import importlib.util
 import itertools
 import os
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -23,106 +22,41 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Wno-psabi"
-)
-INSTRUCTION_SETS = {
-    "base": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
-}
-STORAGE = ("float", "double", "bfloat16", "half")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-def instruction_sets():
-    return tuple(INSTRUCTION_SETS) if X86 else ("base",)
+def load(path):
+    """A module by its path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def compiler():
-    """The C++ compiler's command as a list: $CXX, else what Python was built with, else a usual name."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    built_with = shlex.split(sysconfig.get_config_var("CXX") or "")[:1]
-    for name in (*built_with, "g++", "clang++", "c++"):
-        if shutil.which(name):
-            return [name]
-    raise CompileError("no C++ compiler: neither g++ nor clang++ is in PATH, and CXX is not set")
+toolchain = load(ROOT / "gradkernels" / "backends" / "cpu" / "toolchain.py")
 
 
-def ninja():
-    """The path of the ninja program, from the `ninja` package or from PATH."""
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        found = shutil.which("ninja")
-        if found is None:
-            raise CompileError("no ninja: pip install ninja") from None
-        return found
-    return str(Path(BIN_DIR) / "ninja")
-
-
-def escape(text):
-    return str(text).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
-
-
-def build_file(cxx):
-    """The text of build.ninja: per instruction set one bindings object, two objects per storage type, one module."""
+def build_lines():
+    """The lines of build.ninja: per instruction set one bindings object, two objects per storage type, one module."""
     import pybind11
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     includes = [f"-isystem {shlex.quote(path)}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    lines = [
-        "ninja_required_version = 1.3",
-        f"cxx = {shlex.join(cxx)}",
-        f"flags = {FLAGS}",
-        f"python = {' '.join(includes)}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $what",
-        "rule link",
-        f"  command = $cxx -shared $flags $in -o $out {undefined}",
-        "  description = link $out",
-    ]
-
-    def compile_to(name, source, extra, what):
-        lines.extend(
-            [
-                f"build {name}: compile {escape(ROOT / source)}",
-                f"  extra = {extra}",
-                f"  what = {what}",
-            ]
+    lines = [*toolchain.rules(), f"python = {' '.join(includes)}"]
+    for isa in toolchain.instruction_sets():
+        extra = f"{toolchain.INSTRUCTION_SETS[isa]} -DGK_MODULE=_cpu_{isa}"
+        objects = [f"{isa}/bindings.o"]
+        lines += toolchain.compile_to(
+            objects[0], ROOT / "csrc" / "bindings.cpp", f"{extra} $python", f"bindings ({isa})"
         )
-        return name
-
-    for isa in instruction_sets():
-        extra = f"{INSTRUCTION_SETS[isa]} -DGK_MODULE=_cpu_{isa}"
-        objects = [compile_to(f"{isa}/bindings.o", "csrc/bindings.cpp", f"{extra} $python", f"bindings ({isa})")]
-        for unit, storage in itertools.product(("recurrent", "layers"), STORAGE):
+        for unit, storage in itertools.product(("recurrent", "layers"), toolchain.STORAGE):
             # Only the bindings see Python's and pybind11's headers: pip's throw-away copies of those must not
             # make the kernels compile again.
             define = f"{extra} -DGK_STORAGE={storage}"
-            name, what = f"{isa}/{unit}-{storage}.o", f"{unit} ({isa}, {storage})"
-            objects.append(compile_to(name, f"csrc/cpu/{unit}.cpp", define, what))
+            objects.append(f"{isa}/{unit}-{storage}.o")
+            source = ROOT / "csrc" / "cpu" / f"{unit}.cpp"
+            lines += toolchain.compile_to(objects[-1], source, define, f"{unit} ({isa}, {storage})")
         lines.append(f"build _cpu_{isa}{suffix}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
-def build(folder):
-    """Build all modules into `folder`, recompiling only what changed; raises CompileError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = build_file(compiler())
-    path = folder / "build.ninja"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    jobs = os.environ.get("MAX_JOBS")
-    command = [ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
-    if subprocess.run(command, check=False).returncode:
-        raise CompileError("the compiler failed; its message is above (pip shows it with -v)")
+    return lines
 
 
 class BuildKernels(build_ext):
@@ -133,10 +67,10 @@ class BuildKernels(build_ext):
         # Whoever says build_ext wants modules; whoever says install wants a package that works.
         required = os.environ.get("GRADKERNELS_REQUIRE_COMPILED", "1" if "build_ext" in sys.argv else "0")
         try:
-            build(folder)
-        except CompileError as error:
+            toolchain.build(folder, build_lines())
+        except toolchain.CompileError as error:
             if required != "0":
-                raise
+                raise CompileError(str(error)) from error
             # A module of earlier sources must not be found beside newer Python.
             for extension in self.extensions:
                 for stale in (self.get_ext_fullpath(extension.name), ROOT / self.get_ext_filename(extension.name)):
@@ -156,11 +90,16 @@ class BuildKernels(build_ext):
 
 
 class AddSources(build_py):
-    """build_py with csrc/cuda in the package; in a checkout, and so in an editable install, they are found beside it."""
+    """build_py with the sources of what is compiled where it runs: the CUDA kernels, and the drivers of any cell.
+
+    In a checkout, and so in an editable install, they are found beside the package."""
 
     def _sources(self):
-        folder = Path(self.build_lib) / "gradkernels" / "csrc" / "cuda"
-        return {str(folder / path.name): str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))}
+        folder, csrc = Path(self.build_lib) / "gradkernels" / "csrc", ROOT / "csrc"
+        paths = [
+            path for pattern in ("cuda/*.cuh", "*.h", "cpu/*.h", "cpu/user_cell.cpp") for path in csrc.glob(pattern)
+        ]
+        return {str(folder / path.relative_to(csrc)): str(path) for path in sorted(paths)}
 
     def run(self):
         super().run()
@@ -184,6 +123,8 @@ class AddSources(build_py):
 if __name__ == "__main__":
     setup(
         # `optional`: setuptools then copies only what has been built.
-        ext_modules=[Extension(f"gradkernels._cpu_{isa}", sources=[], optional=True) for isa in instruction_sets()],
+        ext_modules=[
+            Extension(f"gradkernels._cpu_{isa}", sources=[], optional=True) for isa in toolchain.instruction_sets()
+        ],
         cmdclass={"build_ext": BuildKernels, "build_py": AddSources},
     )

@@ -1,6 +1,5 @@
 // The only file that knows Python: sizes and raw addresses in, nothing out. Whoever calls has checked every one of
 // them.
-#include "cells.gen.h"
 #include "cpu/dispatch.h"
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,21 +23,10 @@ public:
     return *this;
   }
   Reader &operator>>(Heads &h) { return *this >> h.data; }
-  template <class T> void group(T *(&p)[max_states], int n) {
-    for (int k = 0; k < n; k++) *this >> p[k];
-  }
   void end() const {
     if (next != from.size()) throw std::invalid_argument("wrong number of addresses");
   }
 };
-
-template <class Args>
-Args sequence(int64_t T, int64_t B, int64_t I, int64_t H, int64_t R, bool reverse, int threads, Reader &r) {
-  Args q{};
-  q.T = T, q.B = B, q.I = I, q.H = H, q.R = R, q.reverse = reverse, q.threads = threads;
-  r >> q.rows >> q.first >> q.order;
-  return q;
-}
 
 template <class F> void with_storage(const std::string &name, F f) {
   if (name == "float32") return f(float{});
@@ -48,29 +36,22 @@ template <class F> void with_storage(const std::string &name, F f) {
   throw std::invalid_argument("no kernels for " + name);
 }
 
-void forward(const std::string &cell, int states, const std::string &storage, int64_t T, int64_t B, int64_t I,
-             int64_t H, int64_t R, bool reverse, int threads, const Addresses &addresses) {
-  Reader r(addresses);
-  auto q = sequence<ForwardArgs>(T, B, I, H, R, reverse, threads, r);
-  r >> q.x >> q.w_ih >> q.b_ih >> q.w_hh >> q.b_hh >> q.w_hr >> q.raw >> q.acts;
-  r.group(q.s0, states), r.group(q.seq, states), r.group(q.final, states);
-  r.end();
-  py::gil_scoped_release release;
-  with_storage(storage, [&](auto z) { Recurrent<decltype(z)>::forward(cell, q); });
+// Addresses of the forward and the backward driver of a cell that is part of this module.
+std::pair<uintptr_t, uintptr_t> recurrent_entries(const std::string &cell, const std::string &storage) {
+  Entries found{};
+  with_storage(storage, [&](auto z) { found = Recurrent<decltype(z)>::entries(cell); });
+  return {reinterpret_cast<uintptr_t>(found.forward), reinterpret_cast<uintptr_t>(found.backward)};
 }
 
-void backward(const std::string &cell, int states, const std::string &storage, int64_t T, int64_t B, int64_t I,
-              int64_t H, int64_t R, bool reverse, int threads, const Addresses &addresses) {
-  Reader r(addresses);
-  auto q = sequence<BackwardArgs>(T, B, I, H, R, reverse, threads, r);
-  r >> q.x >> q.w_ih >> q.w_hh >> q.w_hr >> q.raw >> q.acts;
-  r.group(q.seq, states), r.group(q.s0, states), r.group(q.dseq, states), r.group(q.dfinal, states);
-  r >> q.dx >> q.dw_ih >> q.db_ih >> q.dw_hh >> q.db_hh >> q.dw_hr;
-  r.group(q.ds0, states);
-  r >> q.dgates >> q.dr >> q.v >> q.dproj >> q.norms;
-  r.end();
+void recurrent(uintptr_t entry, const std::vector<int64_t> &sizes, const std::vector<double> &reals,
+               const Addresses &addresses) {
+  static_assert(sizeof(uintptr_t) == sizeof(void *));
+  const Flat flat{sizes.data(),
+                  reals.data(),
+                  reinterpret_cast<void *const *>(addresses.data()),
+                  {int64_t(sizes.size()), int64_t(reals.size()), int64_t(addresses.size())}};
   py::gil_scoped_release release;
-  with_storage(storage, [&](auto z) { Recurrent<decltype(z)>::backward(cell, q); });
+  reinterpret_cast<Entry>(entry)(flat);
 }
 
 // Sizes and strides, one after the other in the order of their declaration.
@@ -189,20 +170,14 @@ void norm_backward(const std::string &storage, int64_t M, int64_t N, const Addre
 
 PYBIND11_MODULE(GK_MODULE, m) {
   forked(); // registers what has to happen in a child process
-  m.def("recurrent_forward", &forward);
-  m.def("recurrent_backward", &backward);
+  m.def("recurrent_entries", &recurrent_entries);
+  m.def("recurrent", &recurrent);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("causal_conv_forward", &conv_forward);
   m.def("causal_conv_backward", &conv_backward);
   m.def("residual_norm_forward", &norm_forward);
   m.def("residual_norm_backward", &norm_backward);
-  m.def("has_cell", [](const std::string &name) {
-    try {
-      with_cell(name, [](auto) {});
-    } catch (const std::invalid_argument &) { return false; }
-    return true;
-  });
   m.attr("vector_bytes") = vector_bytes;
   m.attr("bf16_dots") = has_bf16_dots();
   m.def("huge_pages", [](uintptr_t p, size_t bytes) { // asks for 2 MiB pages under a fresh large buffer

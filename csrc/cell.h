@@ -2,7 +2,7 @@
 #pragma once
 #include <tuple>
 
-#define GK_INLINE __attribute__((always_inline))
+#define GK_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace gk {
 
@@ -11,6 +11,7 @@ template <int K> struct Round {};
 struct NoRounds {
   static constexpr int count = 0, kept = 0, means[] = {0};
 };
+template <int K> constexpr int number(Round<K>) { return K; }
 template <class Rounds> constexpr int all_means() {
   int n = 0;
   for (int m : Rounds::means) n += m;
@@ -40,7 +41,7 @@ private:
 // Groups p and d of adjoints, those that a cell has.
 template <class Cell, class V> struct ExtraAdjoints {
   V p[Cell::P ? Cell::P : 1], d[Cell::D ? Cell::D : 1];
-  template <class Call> GK_INLINE void then(Call call) {
+  template <class Call> GK_ALWAYS_INLINE void then(Call call) {
     if constexpr (Cell::P > 0 && Cell::D > 0)
       call(p, d);
     else if constexpr (Cell::P > 0)
@@ -57,7 +58,7 @@ template <class Cell> struct Functions {
 #define GK_FUNCTION(Name, name)                                                                                        \
   struct Name {                                                                                                        \
     using Rounds = typename Cell::name##_rounds;                                                                       \
-    template <class... A> GK_INLINE static inline void call(A &&...a) { Cell::name(a...); }                            \
+    template <class... A> GK_ALWAYS_INLINE static inline void call(A &&...a) { Cell::name(a...); }                            \
   };
   GK_FUNCTION(Forward, forward)
   GK_FUNCTION(Backward, backward)
@@ -66,11 +67,24 @@ template <class Cell> struct Functions {
 #undef GK_FUNCTION
 };
 
+// Where a cell has no second product, something that is never called stands for the functions of one.
+struct NoFunction {
+  using Rounds = NoRounds;
+};
+template <class Cell, bool = (Cell::Q > 0)> struct SecondProduct {
+  using Operand = NoFunction;
+  using Adjoint = NoFunction;
+};
+template <class Cell> struct SecondProduct<Cell, true> {
+  using Operand = typename Functions<Cell>::Operand;
+  using Adjoint = typename Functions<Cell>::SecondAdjoint;
+};
+
 // A round of F of a cell, or all of it where it has no means: of `given`, a tuple of groups.
 template <class Cell, class F, int k, class Given, class V, class... Out>
-GK_INLINE inline void evaluate(Round<k> round, const Given &given, V *kept, const V *mean, Out &&...out) {
+GK_ALWAYS_INLINE inline void evaluate(Round<k> round, const Given &given, V *kept, const V *mean, Out &&...out) {
   std::apply(
-      [&](auto &&...group) GK_INLINE {
+      [&](auto &&...group) GK_ALWAYS_INLINE {
         if constexpr (Cell::means)
           F::call(round, group..., kept, mean, out...);
         else

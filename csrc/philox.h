@@ -70,6 +70,9 @@ struct Philox {
 #endif
 };
 
+// A place is dropped with probability p: where its word is below this.
+inline uint32_t dropped_below(double p) { return uint32_t(std::min(p * 4294967296.0, 4294967295.0)); }
+
 // Which values of a row a dropout keeps, and what the kept ones are multiplied with: place (row, column) is dropped
 // when its word is below p 2^32.
 template <class F> struct Dropout {
@@ -78,8 +81,7 @@ template <class F> struct Dropout {
   F scale;
   bool on;
   Dropout(double p, uint64_t seed)
-      : philox(seed), below(uint32_t(std::min(p * 4294967296.0, 4294967295.0))), scale(p < 1 ? F(1 / (1 - p)) : F(0)),
-        on(p > 0) {}
+      : philox(seed), below(dropped_below(p)), scale(p < 1 ? F(1 / (1 - p)) : F(0)), on(p > 0) {}
 
   // Fills [0, n) of `factors` with 0 and scale, for columns [first, first + n) of a row; room for one draw more is
   // needed.

@@ -3,7 +3,8 @@
 // them. Two rings let a thread run one chunk ahead. What forward kept is only read.
 #pragma once
 #include "gradients.h"
-#include "recurrent.h"
+#include "masks.h"
+#include "means.h"
 #include <optional>
 
 namespace gk {
@@ -11,9 +12,13 @@ namespace gk {
 template <class Cell, class T, class P> class Backward {
   using F = Real<T>;
   using V = Vec<F>;
+  using Step = typename Functions<Cell>::Backward;
+  using Early = typename SecondProduct<Cell>::Adjoint;
+  using InRounds = Means<Cell, T, Step, Early>;
   static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
-  static constexpr bool split = !Cell::shared;
-  static constexpr int64_t chunk = 512; // tokens whose gate gradients are kept in cache
+  static constexpr bool split = !Cell::shared, recurrent = Cell::recurrent;
+  static constexpr bool again = Q > 0 || Cell::means; // a unit is looked at more than once in a step
+  static constexpr int64_t chunk = 512;               // tokens whose gate gradients are kept in cache
 
   // Steps [lo, hi) of the walk.
   struct Chunk {
@@ -21,25 +26,33 @@ template <class Cell, class T, class P> class Backward {
   };
 
   const BackwardArgs &q;
-  const int64_t K = G * q.H, K1 = (G - Q) * q.H;
+  const int64_t K = G * q.H, K1 = (G - Q) * q.H, KP = Cell::P * q.H;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R), IV = vectors<T>(q.I);
   const int64_t width = std::max(NV, RV) * L;
   Arena &arena = Arena::of_this_thread();
   Team team;
   Packed<P> w_ih, w_first, w_second, w_hr;
-  F *carry; // [S, B, width] adjoints on their way to the step before, each thread its own
+  F *carry;    // [S, B, width] adjoints on their way to the step before, each thread its own
+  V *adjoints; // [B, NV, S] of the states of the step, where a unit is looked at again
+  F *second;   // [B, width] adjoints of the operand of a second product, likewise
+  F *owed;     // [skip, B, width] adjoints of delayed states, until the walk is at their step
+  typename InRounds::Board board;
+  std::vector<InRounds> means;       // of each thread that walks
+  std::vector<Masks<Cell, T>> masks; // of each thread that walks
   std::vector<Chunk> chunks;
   std::vector<int64_t> place, token; // [T] where a step lies in the rings; [2 * room] the token of a place
   int64_t room = 1;
-  Ring<P> ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
+  // Adjoints of gates, operand of the second product, adjoints of projected h and of parameters.
+  Ring<P> ring_x, ring_r, ring_v, ring_h, ring_p;
   Factor<P> x, h, v, raw;
   Weights<T> dw_ih, dw_hh, dw_hr;
-  F *db_x, *db_r;            // [K] each
+  F *db_x, *db_r, *dp;       // [K], [K], [KP]
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
   std::vector<double> norms; // [walking threads, T, S]
 
   const T *at(const void *p) const { return static_cast<const T *>(p); }
   T *at(void *p) const { return static_cast<T *>(p); }
+  F *second_at(int64_t b, int64_t v) const { return second + b * width + v * L; }
   F *carry_at(int k, int64_t b, int64_t v) const { return carry + (k * q.B + b) * width + v * L; }
   const T *entering(int k, int64_t i, int64_t b, int64_t n) const { // a row of the state that entered step i
     return b < q.rows_at(i - 1) ? at(q.seq[k]) + q.token(i - 1, b) * n : at(q.s0[k]) + q.column(b) * n;
@@ -70,7 +83,7 @@ template <class Cell, class T, class P> class Backward {
                    CV * (id + 1) / n);
     };
     if (q.dx) rows(q.w_ih, w_ih, K, q.I);
-    rows(q.w_hh, w_first, K1, q.R);
+    if (recurrent) rows(q.w_hh, w_first, K1, q.R);
     if (Q) rows(at(q.w_hh) + K1 * q.R, w_second, K - K1, q.R);
     if (q.w_hr) rows(q.w_hr, w_hr, q.R, q.H);
   }
@@ -91,9 +104,11 @@ template <class Cell, class T, class P> class Backward {
 
   struct Unit {
     V a[A ? A : 1], s[S], t[S], dt[S];
+    Extras<Cell, V> extra;
+    auto after() const { return std::tuple_cat(std::tie(a, s, t), extra.groups(), std::tie(dt)); }
   };
   // What the cell's derivative sees of a row and a vector of units, dt left to the caller.
-  void gather(int64_t i, int64_t b, int64_t v, Unit &u) const {
+  void gather(const Part &p, int64_t i, int64_t b, int64_t v, Unit &u) const {
     const int64_t token = q.token(i, b), unit = v * L, m = q.H - unit;
     for (int k = 0; k < A; k++) u.a[k] = load(at(q.acts) + (token * A + k) * q.H + unit, m);
     for (int k = 0; k < S; k++) {
@@ -104,7 +119,10 @@ template <class Cell, class T, class P> class Backward {
       u.s[k] = load(entering(k, i, b, q.H) + unit, m);
       u.t[k] = load(at(q.seq[k]) + token * q.H + unit, m);
     }
+    gather_extras<Cell, T>(q, Cell::M ? &masks[p.id] : nullptr, q.seq[0], i, b, v, u.extra);
   }
+  V *adjoints_of(int64_t b, int64_t v) const { return adjoints + (b * NV + v) * S; }
+  F *owed_at(int64_t i, int64_t b, int64_t v) const { return owed + (i % q.skip * q.B + b) * width + v * L; }
   V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
     return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
   }
@@ -113,18 +131,53 @@ template <class Cell, class T, class P> class Backward {
     if (ring) store(ring->row(place[i] + b) + column, d, m);
     if (out) store(at(out) + q.token(i, b) * out_width + column, d, m);
   }
-  void finish(int64_t i, int64_t b, int64_t v, const Unit &u, [[maybe_unused]] V dv, Norm<F> *norm) const {
+  // A round of the early adjoint of the last gates or of the step itself; dv: adjoint of the operand.
+  template <class Function, int k>
+  GK_ALWAYS_INLINE void run(const Part &p, int64_t i, int64_t b, int64_t v, const Unit &u, const V &dv, Norm<F> *norm) {
+    const auto given = [&] {
+      if constexpr (Q > 0 && std::is_same_v<Function, Step>)
+        return std::tuple_cat(u.after(), std::tie(dv));
+      else
+        return u.after();
+    }();
+    means[p.id].template round<Function, k>(b, v, [&](V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
+      if constexpr (k < Function::Rounds::count)
+        evaluate<Cell, Function>(Round<k>{}, given, kept, mean, out);
+      else if constexpr (std::is_same_v<Function, Early>) {
+        V operand, dr[Q];
+        evaluate<Cell, Function>(Round<k>{}, given, kept, mean, operand, dr);
+        const int64_t unit = v * L, m = q.H - unit;
+        for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
+        put(&ring_v, q.v, i, b, unit, operand, m, q.H);
+      } else
+        finish(i, b, v, given, kept, mean, norm);
+    });
+  }
+  // The rounds after the first, of the rows that take part in the step.
+  template <class Function> void others(const Part &p, int64_t i, int64_t last, Norm<F> *norm) {
+    means[p.id].template others<Function>(p.b0, last, [&](auto round, int64_t b, int64_t v) {
+      Unit u;
+      for (int j = 0; j < S; j++) u.dt[j] = adjoints_of(b, v)[j];
+      gather(p, i, b, v, u);
+      const V dv = Q ? V::load(second_at(b, v)) : V(0);
+      run<Function, number(round)>(p, i, b, v, u, dv, norm);
+    });
+  }
+  template <class Given>
+  void finish(int64_t i, int64_t b, int64_t v, const Given &given, V *kept, const V *mean, Norm<F> *norm) const {
     const int64_t unit = v * L, m = q.H - unit;
     V dx[G], dr[G], ds[S], total[S];
-    if constexpr (Q > 0)
-      Cell::backward(u.a, u.s, u.t, u.dt, dv, dx, dr, ds, total);
-    else
-      Cell::backward(u.a, u.s, u.t, u.dt, dx, dr, ds, total);
+    ExtraAdjoints<Cell, V> extra;
+    extra.then([&](auto &...groups) GK_ALWAYS_INLINE {
+      evaluate<Cell, Step>(Round<Step::Rounds::count>{}, given, kept, mean, dx, dr, ds, groups..., total);
+    });
     for (int g = 0; g < G; g++) {
       const bool known = g >= G - Q; // written before the second product, which others may still be reading
       put(split || !known ? &ring_x : nullptr, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
       if (split) put(known ? nullptr : &ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
     }
+    for (int k = 0; k < Cell::P; k++) put(q.dparams ? &ring_p : nullptr, q.dp, i, b, k * q.H + unit, extra.p[k], m, KP);
+    if (Cell::D && i >= q.skip) extra.d[0].store(owed_at(i, b, v));
     for (int k = q.w_hr ? 1 : 0; k < S; k++) {
       ds[k].store(carry_at(k, b, v));
       if (norm) norm[k].add(total[k], m);
@@ -140,67 +193,67 @@ template <class Cell, class T, class P> class Backward {
       if (acc) dh += V::load(acc);
       if (!here) return dh.store(carry_at(0, b, v));
       dh += given(0, i, b, v, q.R);
+      if (Cell::D && b < q.rows_at(i + q.skip)) dh += V::load(owed_at(i, b, v));
+      if (q.clip > 0) dh = at_least(at_most(dh, V(q.clip)), V(-q.clip));
       if (q.w_hr) {
         put(&ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
         V(0).store(carry_at(0, b, v));
         if (norm) norm[0].add(dh, q.R - v * L);
         return;
       }
-      Unit u;
-      u.dt[0] = dh;
-      for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, b, v)) + given(j, i, b, v, q.H);
-      gather(i, b, v, u);
-      if constexpr (Q > 0) {
-        V operand, dr[Q];
-        Cell::second_adjoint(u.a, u.s, u.t, u.dt, operand, dr);
-        const int64_t unit = v * L, m = q.H - unit;
-        for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
-        put(&ring_v, q.v, i, b, unit, operand, m, q.H);
-        for (int j = 0; j < S; j++) u.dt[j].store(carry_at(j, b, v));
-      } else
-        finish(i, b, v, u, V(0), norm);
+      begin(p, i, b, v, dh, norm);
     };
-    if (through)
-      product<1>(
-          hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); }, depth,
-          each);
-    else
+    if (through && recurrent) {
+      if constexpr (recurrent)
+        product<1>(
+            hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); }, depth,
+            each);
+    } else
       for (int64_t k = 0; k < hi - lo; k++)
         for (int64_t v = p.r0; v < p.r1; v++) each(k, v, nullptr);
+  }
+  // All that reaches the output of a unit is known: its other adjoints, and the first round.
+  void begin(const Part &p, int64_t i, int64_t b, int64_t v, V dh, Norm<F> *norm) {
+    Unit u;
+    u.dt[0] = dh;
+    for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, b, v)) + given(j, i, b, v, q.H);
+    for (int j = 0; again && j < S; j++) adjoints_of(b, v)[j] = u.dt[j];
+    gather(p, i, b, v, u);
+    run<std::conditional_t<(Q > 0), Early, Step>, 0>(p, i, b, v, u, V(0), norm);
   }
 
   void step(const Part &p, int64_t i) {
     Norm<F> norm[S], *const wanted = q.norms && i >= 0 ? norm : nullptr;
     const int64_t now = q.rows_at(i), after = q.rows_at(i + 1), both = std::min(now, after);
+    if constexpr (Cell::M > 0) masks[p.id].draw(i);
     rows_of_step(p, i, 0, both, true, true, wanted);
     rows_of_step(p, i, both, now, false, true, wanted);
     rows_of_step(p, i, both, after, true, false, wanted);
-    const int64_t n = p.within(now) - p.b0;
+    const int64_t last = p.within(now), n = last - p.b0;
     if constexpr (Q > 0) {
+      others<Early>(p, i, last, wanted);
       p.meet();
       product<1>(
           n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
           [&](int64_t k, int64_t v, const F *acc) {
+            const int64_t b = p.b0 + k;
             Unit u;
-            for (int j = 0; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v));
-            gather(i, p.b0 + k, v, u);
-            finish(i, p.b0 + k, v, u, V::load(acc), wanted);
+            for (int j = 0; j < S; j++) u.dt[j] = adjoints_of(b, v)[j];
+            gather(p, i, b, v, u);
+            const V dv = V::load(acc);
+            if (Cell::means) dv.store(second_at(b, v));
+            run<Step, 0>(p, i, b, v, u, dv, wanted);
           });
     } else if (q.w_hr) {
       p.meet();
       product<1>(
           n, p.v0, p.v1, w_hr.matrix, [&](int64_t k) { return ring_h.row(place[i] + p.b0 + k); }, depth,
-          [&](int64_t k, int64_t v, const F *acc) {
-            Unit u;
-            u.dt[0] = V::load(acc);
-            for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, p.b0 + k, v)) + given(j, i, p.b0 + k, v, q.H);
-            gather(i, p.b0 + k, v, u);
-            finish(i, p.b0 + k, v, u, V(0), wanted);
-          });
+          [&](int64_t k, int64_t v, const F *acc) { begin(p, i, p.b0 + k, v, V::load(acc), wanted); });
     }
+    others<Step>(p, i, last, wanted);
     if (wanted)
       for (int k = 0; k < S; k++) norms[(p.id * q.T + q.time(i)) * S + k] = norm[k].sum();
-    p.meet();
+    if (recurrent) p.meet();
   }
 
   // ---- a chunk
@@ -261,13 +314,17 @@ template <class Cell, class T, class P> class Backward {
     add(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
     if (db_x) add_columns(ring_x.row(place[c.lo]), ring_x.stride, c.tokens, m0, m1, db_x, first);
     if (db_r) add_columns(ring_r.row(place[c.lo]), ring_r.stride, c.tokens, m0, m1, db_r, first);
+    if (dp)
+      add_columns(ring_p.row(place[c.lo]), ring_p.stride, c.tokens, KP * id / team.size, KP * (id + 1) / team.size, dp,
+                  first);
     if (q.dx) input_gradient(c, id);
   }
   static Team make_team(const BackwardArgs &q) {
-    const int64_t step = q.B * G * q.H * q.R, after = std::min(chunk, q.T * q.B) * G * q.H * (q.R + 2 * q.I);
+    const int64_t width = (recurrent ? q.R : 0) + 2 * q.I;
+    const int64_t step = work_of_a_step<Cell>(q), after = std::min(chunk, q.T * q.B) * G * q.H * width;
     const int threads = q.norms ? q.threads : Crowd::threads(q.threads, step); // norms are summed thread by thread
     const Grid grid = choose_grid(worth(threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
-                                  G * q.H * q.R * int64_t(sizeof(P)));
+                                  recurrent ? G * q.H * q.R * int64_t(sizeof(P)) : 0);
     return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)));
   }
 
@@ -276,14 +333,25 @@ public:
     arena.reset();
     plan();
     if (q.dx) w_ih = take_panels<P>(arena, q.I, 1, K);
-    w_first = take_panels<P>(arena, q.R, 1, K1);
+    if (recurrent) w_first = take_panels<P>(arena, q.R, 1, K1);
     if (Q) w_second = take_panels<P>(arena, q.R, 1, K - K1);
     if (q.w_hr) w_hr = take_panels<P>(arena, q.H, 1, q.R);
     carry = arena.zeros<F>(S * q.B * width);
+    adjoints = again ? arena.take<V>(q.B * NV * S) : nullptr;
+    second = Q && Cell::means ? arena.take<F>(q.B * width) : nullptr;
+    owed = Cell::D && q.skip < q.T ? arena.take<F>(q.skip * q.B * width) : nullptr;
+    board = typename InRounds::Board(arena, q.B, NV, team.grid.units);
+    for (int id = 0; team.walks(id); id++) {
+      const Part p = team.part(id, NV, RV);
+      means.emplace_back(board, q, p);
+      if (Cell::M) masks.emplace_back(q, p, arena);
+    }
     ring_x = Ring<P>::take(arena, 2 * room, K);
     ring_r = split ? Ring<P>::take(arena, 2 * room, K) : ring_x;
     if (Q) ring_v = Ring<P>::take(arena, 2 * room, q.H);
     if (q.w_hr) ring_h = Ring<P>::take(arena, 2 * room, q.R);
+    if (q.dparams) ring_p = Ring<P>::take(arena, 2 * room, KP);
+    dp = q.dparams ? arena.take<F>(KP) : nullptr;
     if (q.dw_ih) x = Factor<P>::take(arena, room, q.I), dw_ih = Weights<T>::take(arena, q.dw_ih, K, q.I);
     if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.R);
     if (Q && q.dw_hh) v = Factor<P>::take(arena, room, q.H);
@@ -304,7 +372,10 @@ public:
       std::optional<Part> walker;
       if (team.walks(id)) walker = team.part(id, NV, RV);
       pack(id);
-      if (walker) enter(*walker);
+      if (walker) {
+        enter(*walker);
+        if constexpr (Cell::M > 0) masks[id].once();
+      }
       team.all.wait(id);
       for (size_t n = 0; n < chunks.size(); n++) {
         const Chunk &c = chunks[n];
@@ -324,6 +395,7 @@ public:
       if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);
       if (q.db_hh) store(at(q.db_hh) + m, load((split ? db_r : db_x) + m, K - m), K - m);
     }
+    for (int64_t m = 0; q.dparams && m < KP; m += L) store(at(q.dparams) + m, load(dp + m, KP - m), KP - m);
     for (int64_t t = 0; q.norms && t < q.T; t++) {
       double *const to = q.norms + t * (S + 1);
       for (int k = 0; k < S; k++) {

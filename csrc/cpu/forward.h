@@ -2,16 +2,22 @@
 // of the entering h with the recurrent matrix, tile by tile, and the cell on the tile while it is at hand. Input is
 // projected a few steps at a time, so that gate pre-activations stay in cache.
 #pragma once
-#include "recurrent.h"
+#include "masks.h"
+#include "means.h"
 
 namespace gk {
 
 template <class Cell, class T, class P> class Forward {
   using F = Real<T>;
   using V = Vec<F>;
+  using Step = typename Functions<Cell>::Forward;
+  using Operand = typename SecondProduct<Cell>::Operand;
+  using InRounds = Means<Cell, T, Step, Operand>;
   static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
   static constexpr int64_t chunk = 64; // tokens projected at a time
   static constexpr int64_t few = 4;    // tokens for which weights are not worth packing
+  static constexpr bool recurrent = Cell::recurrent;
+  static constexpr bool again = Q > 0 || Cell::means; // a unit is looked at more than once in a step
 
   const ForwardArgs &q;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R);
@@ -21,10 +27,13 @@ template <class Cell, class T, class P> class Forward {
   Team team;
   const bool packs = q.T * q.B > few;
   Packed<P> w_ih, w_first, w_second, w_hr;
-  F *state;       // [S, B, width], each thread its own
-  P *h[2];        // [B, h_stride] what enters a step, what leaves it
-  P *between;     // [B, h_stride] the operand of a second product, or the output before projection
-  F *first_gates; // [B, NV, G - Q, L] while a second product is made
+  F *state;    // [S, B, width], each thread its own
+  P *h[2];     // [B, h_stride] what enters a step, what leaves it
+  P *between;  // [B, h_stride] the operand of a second product, or the output before projection
+  V *products; // [B, NV, G] of the step, where a unit is looked at again
+  typename InRounds::Board board;
+  std::vector<InRounds> means;       // of each thread
+  std::vector<Masks<Cell, T>> masks; // of each thread
 
   // What a thread has projected: steps of the span one after the other, rows within each.
   struct Projected {
@@ -48,7 +57,7 @@ template <class Cell, class T, class P> class Forward {
     const auto share = [&](int64_t all, auto f) { f(all * id / n, all * (id + 1) / n); };
     share(NV, [&](int64_t lo, int64_t hi) {
       if (q.w_ih) pack_gates(at(q.w_ih), w_ih.panels, w_ih.matrix.panel, G, q.H, q.I, lo, hi);
-      pack_gates(at(q.w_hh), w_first.panels, w_first.matrix.panel, G - Q, q.H, q.R, lo, hi);
+      if (recurrent) pack_gates(at(q.w_hh), w_first.panels, w_first.matrix.panel, G - Q, q.H, q.R, lo, hi);
       if (Q) pack_gates(at(q.w_hh) + (G - Q) * q.H * q.R, w_second.panels, w_second.matrix.panel, Q, q.H, q.R, lo, hi);
     });
     if (q.w_hr)
@@ -73,7 +82,8 @@ template <class Cell, class T, class P> class Forward {
       for (int64_t v = p.r0; v < p.r1; v++) {
         const V s = load(at(q.s0[0]) + c * q.R + v * L, q.R - v * L);
         s.store(state_at(0, b, v));
-        for (P *to : h) store(to + b * h_stride + v * L, s);
+        for (P *to : h)
+          if (recurrent) store(to + b * h_stride + v * L, s);
       }
       for (int k = 1; k < S; k++)
         for (int64_t v = p.v0; v < p.v1; v++) load(at(q.s0[k]) + c * q.H + v * L, q.H - v * L).store(state_at(k, b, v));
@@ -117,78 +127,110 @@ template <class Cell, class T, class P> class Forward {
 
   struct Unit {
     V x[G], r[G], s[S];
+    Extras<Cell, V> extra;
+    auto entering() const { return std::tuple_cat(std::tie(x, r, s), extra.groups()); }
   };
   // What the cell sees of a row and a vector of units, recurrent products left to the caller.
-  void gather(const Part &p, int64_t i, int64_t n, int64_t v, Unit &u) const {
+  void gather(const Part &p, int64_t i, int64_t b, int64_t v, Unit &u) const {
     const Projected &own = projected[p.id];
-    const int64_t b = p.b0 + n, unit = v * L;
+    const int64_t n = b - p.b0, unit = v * L;
     for (int g = 0; g < G; g++)
       u.x[g] = q.w_ih ? V::load(own.gates + (((own.at + n) * own.vectors + v - p.v0) * G + g) * L)
                       : load(at(q.x) + (q.token(i, b) * G + g) * q.H + unit, q.H - unit);
     for (int k = 0; k < S; k++) u.s[k] = k == 0 && q.w_hr ? V(0) : V::load(state_at(k, b, v));
+    gather_extras<Cell, T>(q, Cell::M ? &masks[p.id] : nullptr, q.seq[0], i, b, v, u.extra);
   }
-  void finish(const Part &p, int64_t i, int64_t n, int64_t v, const Unit &u) const {
-    const int64_t b = p.b0 + n, unit = v * L, token = q.token(i, b), m = q.H - unit;
-    V t[S], a[A ? A : 1];
-    Cell::forward(u.x, u.r, u.s, t, a);
+  V *products_of(int64_t b, int64_t v) const { return products + (b * NV + v) * G; }
+
+  // A round of the operand or of the step itself.
+  template <class Function, int k> GK_ALWAYS_INLINE void run(const Part &p, int64_t i, int64_t b, int64_t v, const Unit &u) {
+    means[p.id].template round<Function, k>(b, v, [&](V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
+      if constexpr (k < Function::Rounds::count)
+        evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, out);
+      else if constexpr (std::is_same_v<Function, Operand>) {
+        V operand;
+        evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, operand);
+        store(between + b * h_stride + v * L, operand, q.H - v * L);
+      } else
+        finish(i, b, v, u, kept, mean);
+    });
+  }
+  // The rounds after the first, of the rows that take part in the step.
+  template <class Function> void others(const Part &p, int64_t i, int64_t last) {
+    means[p.id].template others<Function>(p.b0, last, [&](auto round, int64_t b, int64_t v) {
+      Unit u;
+      gather(p, i, b, v, u);
+      for (int g = 0; g < G; g++) u.r[g] = recurrent ? products_of(b, v)[g] : V(0);
+      run<Function, number(round)>(p, i, b, v, u);
+    });
+  }
+
+  void finish(int64_t i, int64_t b, int64_t v, const Unit &u, V *kept, const V *mean) const {
+    const int64_t unit = v * L, token = q.token(i, b), m = q.H - unit;
+    V t[S], values[A ? A : 1], *const a = values;
+    evaluate<Cell, Step>(Round<Step::Rounds::count>{}, u.entering(), kept, mean, t, a);
     for (int k = 0; k < A && q.acts; k++) store(at(q.acts) + (token * A + k) * q.H + unit, a[k], m);
     for (int k = 1; k < S; k++) {
       t[k].store(state_at(k, b, v));
       if (q.seq[k]) store(at(q.seq[k]) + token * q.H + unit, t[k], m);
     }
     if (q.w_hr) {
-      store(between + b * h_stride + unit, t[0]);
+      store(between + b * h_stride + unit, t[0], m);
       if (q.raw) store(at(q.raw) + token * q.H + unit, t[0], m);
     } else
       put(i, b, v, t[0]);
   }
+  // Lanes past the end stay zero in what is multiplied: zero times what a cell makes of nothing may be no number.
   void put(int64_t i, int64_t b, int64_t v, V y) const {
     y.store(state_at(0, b, v));
-    store(h[(i + 1) % 2] + b * h_stride + v * L, y);
+    if (recurrent) store(h[(i + 1) % 2] + b * h_stride + v * L, y, q.R - v * L);
     store(at(q.seq[0]) + q.token(i, b) * q.R + v * L, y, q.R - v * L);
   }
 
   void step(const Part &p, int64_t i) {
-    const int64_t n = p.within(q.rows_at(i)) - p.b0;
+    const int64_t last = p.within(q.rows_at(i)), n = last - p.b0;
     const auto row_of = [&](const P *base) { return [=](int64_t k) { return base + (p.b0 + k) * h_stride; }; };
-    multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]),
-                    [&](int64_t k, int64_t v, const F *acc) {
-                      Unit u;
-                      gather(p, i, k, v, u);
-                      for (int g = 0; g < G - Q; g++) u.r[g] = V::load(acc + g * L);
-                      if constexpr (Q > 0) {
-                        F *const keep = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
-                        for (int g = 0; g < G - Q; g++) u.r[g].store(keep + g * L);
-                        V operand;
-                        Cell::operand(u.x, u.r, u.s, operand);
-                        store(between + (p.b0 + k) * h_stride + v * L, operand);
-                      } else
-                        finish(p, i, k, v, u);
-                    });
+    if constexpr (Cell::M > 0) masks[p.id].draw(i);
+    const auto first = [&](int64_t k, int64_t v, const F *acc) {
+      const int64_t b = p.b0 + k;
+      Unit u;
+      gather(p, i, b, v, u);
+      for (int g = 0; g < G; g++) u.r[g] = g < G - Q && acc ? V::load(acc + g * L) : V(0);
+      for (int g = 0; again && recurrent && g < G - Q; g++) products_of(b, v)[g] = u.r[g];
+      run<std::conditional_t<(Q > 0), Operand, Step>, 0>(p, i, b, v, u);
+    };
+    if constexpr (recurrent)
+      multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]), first);
+    else
+      for (int64_t k = 0; k < n; k++)
+        for (int64_t v = p.v0; v < p.v1; v++) first(k, v, nullptr);
     if constexpr (Q > 0) {
+      others<Operand>(p, i, last);
       p.meet();
       multiply<Q>(n, p.v0, p.v1, w_second, at(q.w_hh) + (G - Q) * q.H * q.R, q.H, q.R, row_of(between),
                   [&](int64_t k, int64_t v, const F *acc) {
+                    const int64_t b = p.b0 + k;
+                    V *const kept = products_of(b, v);
+                    for (int g = 0; g < Q; g++) kept[G - Q + g] = V::load(acc + g * L);
                     Unit u;
-                    gather(p, i, k, v, u);
-                    const F *const kept = first_gates + ((p.b0 + k) * NV + v) * (G - Q) * L;
-                    for (int g = 0; g < G - Q; g++) u.r[g] = V::load(kept + g * L);
-                    for (int g = 0; g < Q; g++) u.r[G - Q + g] = V::load(acc + g * L);
-                    finish(p, i, k, v, u);
+                    gather(p, i, b, v, u);
+                    for (int g = 0; g < G; g++) u.r[g] = kept[g];
+                    run<Step, 0>(p, i, b, v, u);
                   });
     }
+    others<Step>(p, i, last);
     if (q.w_hr) {
       p.meet();
       multiply<1>(n, p.r0, p.r1, w_hr, at(q.w_hr), q.R, q.H, row_of(between),
                   [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
     }
     projected[p.id].at += n;
-    p.meet();
+    if (recurrent) p.meet();
   }
 
   static Team make_team(const ForwardArgs &q) {
-    const int64_t weights = G * q.H * (q.R + (q.w_ih ? q.I : 0));
-    const int64_t step = q.B * G * q.H * q.R;
+    const int64_t weights = G * q.H * ((recurrent ? q.R : 0) + (q.w_ih ? q.I : 0));
+    const int64_t step = work_of_a_step<Cell>(q);
     const Grid grid = choose_grid(worth(Crowd::threads(q.threads, step), step), q.B, vectors<T>(q.H), max_rows<G>,
                                   weights * int64_t(sizeof(P)));
     return Team(q, grid, grid.rows * grid.units);
@@ -204,17 +246,25 @@ public:
       w_ih = room(q.H, G, q.I);
       w_ih.matrix.bias = pack_bias(arena, at(q.b_ih), G, q.H);
     }
-    w_first = room(q.H, G - Q, q.R);
-    w_first.matrix.bias = pack_bias(arena, at(q.b_hh), G - Q, q.H);
+    if (recurrent) {
+      w_first = room(q.H, G - Q, q.R);
+      w_first.matrix.bias = pack_bias(arena, at(q.b_hh), G - Q, q.H);
+    }
     if (Q) {
       w_second = room(q.H, Q, q.R);
       w_second.matrix.bias = pack_bias(arena, q.b_hh ? at(q.b_hh) + (G - Q) * q.H : nullptr, Q, q.H);
     }
     if (q.w_hr) w_hr = room(q.R, 1, q.H);
     state = arena.zeros<F>(S * q.B * width);
-    for (P *&to : h) to = arena.zeros<P>(q.B * h_stride);
+    for (P *&to : h) to = recurrent ? arena.zeros<P>(q.B * h_stride) : nullptr;
     between = Q || q.w_hr ? arena.zeros<P>(q.B * h_stride) : nullptr;
-    first_gates = Q ? arena.take<F>(q.B * NV * (G - Q) * L) : nullptr;
+    products = again && recurrent ? arena.take<V>(q.B * NV * G) : nullptr;
+    board = typename InRounds::Board(arena, q.B, NV, team.grid.units);
+    for (int id = 0; id < team.size; id++) {
+      const Part p = team.part(id, NV, RV);
+      means.emplace_back(board, q, p);
+      if (Cell::M) masks.emplace_back(q, p, arena);
+    }
     projected.resize(team.size);
     for (int id = 0; q.w_ih && id < team.size; id++) {
       const Part p = team.part(id, NV, RV);
@@ -230,6 +280,7 @@ public:
       const Part p = team.part(id, NV, RV);
       pack(id);
       enter(p);
+      if constexpr (Cell::M > 0) masks[id].once();
       team.all.wait(id);
       const int64_t span = std::max<int64_t>(1, chunk / std::max<int64_t>(1, p.b1 - p.b0));
       for (int64_t i0 = 0; i0 < q.T; i0 += span) {

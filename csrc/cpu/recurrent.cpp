@@ -1,5 +1,5 @@
-// The drivers of every cell for one storage type, GK_STORAGE: a unit of compilation of its own, so that they build at
-// once.
+// The drivers of the cells that are built with the package, for one storage type, GK_STORAGE: a unit of compilation of
+// its own, so that they build at once.
 #include "../cells.gen.h"
 #include "backward.h"
 #include "dispatch.h"
@@ -7,11 +7,9 @@
 
 namespace gk {
 
-template <class T> void Recurrent<T>::forward(const std::string &cell, const ForwardArgs &q) {
-  with_cell(cell, [&](auto c) { with_panels<T>([&](auto p) { recurrent_forward<decltype(c), T, decltype(p)>(q); }); });
-}
-template <class T> void Recurrent<T>::backward(const std::string &cell, const BackwardArgs &q) {
-  with_cell(cell, [&](auto c) { with_panels<T>([&](auto p) { recurrent_backward<decltype(c), T, decltype(p)>(q); }); });
+template <class T> Entries Recurrent<T>::entries(const std::string &cell) {
+  return with_cell(cell,
+                   [](auto c) { return Entries{&forward_entry<decltype(c), T>, &backward_entry<decltype(c), T>}; });
 }
 
 template struct Recurrent<GK_STORAGE>;

@@ -1,8 +1,10 @@
 // What a recurrent driver is told, and how its work is shared out.
 //
 // Dims: T steps, B rows of the batch, N tokens (rows of all steps together), I inputs, H units, R width of h (H, or the
-//       projected size), G gates, S states, A kept values, L lanes of a vector.
+//       projected size), G gates, S states, P parameters of a unit, M masks, A kept values, L lanes of a vector.
 #pragma once
+#include "../cell.h"
+#include "../vocabulary.h"
 #include "pack.h"
 #include "team.h"
 #include <deque>
@@ -10,6 +12,13 @@
 namespace gk {
 
 constexpr int max_states = 8;
+
+// A mask is 0 with probability p and else `high`, (1 - p) * high without a seed; or it is one of the flags.
+struct Noise {
+  enum Source { token, fixed, given }; // drawn for each token, drawn for each row of the batch, flags
+  double p, high;
+  Source source;
+};
 
 // The walk: step i of B rows or fewer. Rows are counted longest first; `order` says where each stands in the batch.
 struct Sequence {
@@ -19,6 +28,13 @@ struct Sequence {
   const int64_t *order; // [B] column of a row; null: the same
   bool reverse;
   int threads;
+
+  const void *params;   // [P, H]
+  const int64_t *seed;  // [1] of the masks, or null: they are their means
+  const void *flags;    // [N], one for all units, of masks that are given
+  const Noise *noise;   // [M]
+  int64_t first_number; // of the first token, in the numbers that masks are drawn by
+  int64_t skip;         // steps from a delayed state to where it is used
 
   int64_t time(int64_t i) const { return reverse ? T - 1 - i : i; }
   int64_t rows_at(int64_t i) const { return i < 0 || i >= T ? 0 : rows ? rows[time(i)] : B; }
@@ -43,9 +59,12 @@ struct BackwardArgs : Sequence {
   const void *seq[max_states], *s0[max_states];
   const void *dseq[max_states], *dfinal[max_states]; // null is zero
   void *dx, *dw_ih, *db_ih, *dw_hh, *db_hh, *dw_hr;  // null where not wanted
+  void *dparams;                                     // [P, H] or null
   void *ds0[max_states];
   void *dgates, *dr, *v, *dproj; // [N, G * H], [N, G * H], [N, H], [N, R], or null
+  void *dp;                      // [N, P * H] or null
   double *norms;                 // [T, S + 1] squared norms of the states' adjoints and rows, or null
+  double clip;                   // bound of what reaches h, or 0
 };
 
 // Rows x units: `rows` groups that never meet, each of `units` threads that exchange the state once per step.
@@ -69,6 +88,12 @@ inline Grid choose_grid(int threads, int64_t B, int64_t NV, int tile_rows, int64
 // How many threads that much work is for: with less each, one more costs more at the barrier than it saves.
 inline int worth(int threads, int64_t multiply_adds) {
   return int(std::clamp<int64_t>(multiply_adds / 49152, 1, threads));
+}
+
+// Multiply-adds between two meetings. Where nothing is multiplied nobody meets, and a unit costs about what 64 of them
+// do.
+template <class Cell> int64_t work_of_a_step(const Sequence &q) {
+  return q.B * Cell::G * q.H * (Cell::recurrent ? q.R : 64 * q.T);
 }
 
 // Where each group of rows begins, so that all have about the same number of tokens.

@@ -6,7 +6,6 @@ exactly its size. A failure names its case: `build/sanitizers/<program> SEED CAS
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from gradkernels.backends import cpu
+from gradkernels.backends.cpu import toolchain
 from gradkernels.cells import CELLS
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE, BUILD = ROOT / "tests" / "csrc", ROOT / "build" / "sanitizers"
 CASES = 200
 STORAGE = ("float", "double", "bfloat16", "half")
-
-spec = importlib.util.spec_from_file_location("gradkernels_setup", ROOT / "setup.py")
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
 
 BEST = cpu.BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("base",))[0]
 ISAS = tuple(dict.fromkeys(("base", BEST)))
@@ -48,14 +44,14 @@ OPTIONS = {
 
 
 def command(sanitizer, isa):
-    """The compiler and the flags of setup.py, but for those that the sanitizers replace."""
-    kept = [f for f in setup.FLAGS.split() if f not in ("-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden")]
+    """The compiler and the flags of the package, but for those that the sanitizers replace."""
+    kept = [f for f in toolchain.FLAGS.split() if f not in ("-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden")]
     return [
-        *setup.compiler(),
+        *toolchain.compiler(),
         *kept,
         "-O1",
         "-g1",
-        *setup.INSTRUCTION_SETS[isa].split(),
+        *toolchain.INSTRUCTION_SETS[isa].split(),
         *SANITIZERS[sanitizer].split(),
     ]
 
@@ -64,16 +60,16 @@ def command(sanitizer, isa):
 def missing_compiler():
     """Why there is no compiler, or None."""
     try:
-        compiler = setup.compiler()
+        compiler = toolchain.compiler()
         subprocess.run([*compiler, "--version"], check=True, capture_output=True)
-    except (setup.CompileError, OSError, subprocess.CalledProcessError) as error:
+    except (toolchain.CompileError, OSError, subprocess.CalledProcessError) as error:
         return str(error)
     return None
 
 
 @functools.cache
 def version():
-    return subprocess.run([*setup.compiler(), "--version"], check=True, capture_output=True).stdout
+    return subprocess.run([*toolchain.compiler(), "--version"], check=True, capture_output=True).stdout
 
 
 @functools.cache
@@ -134,7 +130,7 @@ def unavailable(sanitizer):
     """Why the compiler cannot make a program with that sanitizer, or None; asked of a program without our headers."""
     try:
         done = subprocess.run(
-            [*setup.compiler(), *SANITIZERS[sanitizer].split(), "-x", "c++", "-", "-o", os.devnull],
+            [*toolchain.compiler(), *SANITIZERS[sanitizer].split(), "-x", "c++", "-", "-o", os.devnull],
             input="int main() {}", check=False, capture_output=True, text=True,
         )  # fmt: skip
     except OSError as error:

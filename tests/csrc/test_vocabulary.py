@@ -7,7 +7,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from tests.csrc.test_sanitizers import BUILD, HERE, ISAS, missing_compiler, setup
+from gradkernels.backends.cpu import toolchain
+from tests.csrc.test_sanitizers import BUILD, HERE, ISAS, missing_compiler
 
 TYPES = {"float": np.float32, "double": np.float64}
 INFINITE, NAN = math.inf, math.nan
@@ -21,8 +22,8 @@ def run(request):
     isa, storage = request.param
     BUILD.mkdir(parents=True, exist_ok=True)
     program = BUILD / f"vocabulary-{isa}-{storage}"
-    flags = f"{setup.FLAGS} {setup.INSTRUCTION_SETS[isa]} -DGK_STORAGE={storage}".split()
-    subprocess.run([*setup.compiler(), *flags, HERE / "vocabulary.cpp", "-o", program], check=True)
+    flags = f"{toolchain.FLAGS} {toolchain.INSTRUCTION_SETS[isa]} -DGK_STORAGE={storage}".split()
+    subprocess.run([*toolchain.compiler(), *flags, HERE / "vocabulary.cpp", "-o", program], check=True)
 
     def run(function, numbers, second=0.0):
         given = np.asarray(numbers, TYPES[storage]).astype(np.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import warnings
 from types import ModuleType
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.cells import CELLS, Cell
+from gradkernels.cells.codegen import COMPILED
+
+from . import compile
+from .toolchain import CompileError
 
 # What torch found the machine to be capable of, best first; ATEN_CPU_CAPABILITY selects one by hand.
 BUILDS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
@@ -26,7 +31,9 @@ STORAGE = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-CLIPS = False  # whether backward clamps the adjoint of h_t
+IN_CPP = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
+MAX_STATES = 8
+CLIPS = True  # whether backward clamps the adjoint of h_t
 HUGE = 4 << 20  # bytes from which fresh memory is asked for in large pages
 
 
@@ -41,26 +48,43 @@ def build() -> ModuleType:
     raise ImportError("the C++ kernels are not built; install a C++17 compiler, then `pip install .` again")
 
 
+@functools.cache
+def entries(cell: Cell, dtype: torch.dtype) -> tuple[int, int]:
+    """Addresses of the forward and the backward driver; CompileError where this cell has to be compiled and cannot be."""
+    if cell.name in COMPILED and CELLS[cell.name] == cell:
+        return build().recurrent_entries(cell.name, STORAGE[dtype])
+    return compile.entries(cell, IN_CPP[dtype], build().__name__.rpartition("_")[2])
+
+
 def why_not(
     cell: Cell | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> str | None:
-    """The reason why this backend cannot run that, or None."""
+    """The reason why this backend cannot run that, or None. Asked of a cell and a dtype it compiles the kernels that are missing."""
     if device is not None and device.type != "cpu":
         return f"it runs on the CPU, not on {device}"
     if dtype is not None and dtype not in STORAGE:
         return f"it has no kernels for {dtype}"
     try:
-        module = build()
+        build()
     except ImportError as e:
         return str(e)
     if cell is None:
         return None
-    if CELLS.get(cell.name) != cell:  # what was compiled beforehand knows cells by name
-        return f"{cell.name!r} is not one of the package's cells, which are {', '.join(CELLS)}"
-    if not module.has_cell(cell.name):
-        return f"cell {cell.name!r} was not there when the kernels were compiled"
-    if cell.extra or cell.means or not cell.recurrent:
-        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
+    if cell.S > MAX_STATES:
+        return f"{cell.name!r} has {cell.S} states, and the kernels take {MAX_STATES}"
+    return _cell_why_not(cell, dtype)
+
+
+@functools.cache
+def _cell_why_not(cell: Cell, dtype: torch.dtype | None) -> str | None:
+    if dtype is None:
+        return None if cell.name in COMPILED and CELLS[cell.name] == cell else compile.why_not()
+    try:
+        entries(cell, dtype)
+    except CompileError as e:
+        reason = f"cell {cell.name!r} did not come compiled, and cannot be compiled here: {e}"
+        warnings.warn(f"{reason}\nIt runs through the reference, which is slow.", stacklevel=2)
+        return reason
     return None
 
 
@@ -87,6 +111,11 @@ def addresses(tensors: list[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _sizes(x: Tensor, T: int, H: int, state: list[Tensor], reverse: bool, extra: Extra) -> list[int]:
+    B, R = state[0].shape
+    return [T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), extra.first, extra.skip]
+
+
 def forward(
     cell: Cell,
     x: Tensor,  # [T, B, I], or [N, I] with batch_sizes; gates [.., G * H] when weight_ih is None
@@ -102,7 +131,7 @@ def forward(
     keep: int,
     extra: Extra = PLAIN,
 ) -> list[Tensor]:
-    H, (B, R) = weight_hh.shape[0] // cell.G, state[0].shape
+    H, B = weight_hh.shape[0] // cell.G, state[0].shape[0]
     shape, N = x.shape[:-1], math.prod(x.shape[:-1])
     T, steps = _steps(x, B, batch_sizes, lengths)
     ragged = lengths is not None
@@ -114,10 +143,13 @@ def forward(
     else:
         final = [torch.empty_like(s) for s in state]
         wanted = [*seq, *[None] * (cell.S - len(seq))]
-        tensors = [*steps, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, raw, acts, *state, *wanted, *final]
-        build().recurrent_forward(
-            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), addresses(tensors)
-        )  # fmt: skip
+        tensors = [
+            *steps, extra.params, extra.seed, extra.flags,
+            x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, raw, acts, *state, *wanted, *final,
+        ]  # fmt: skip
+        build().recurrent(
+            entries(cell, x.dtype)[0], _sizes(x, T, H, state, reverse, extra), extra.noise, addresses(tensors)
+        )
     return [t for t in (*seq, *final, raw, acts) if t is not None]
 
 
@@ -153,21 +185,29 @@ def backward(
     dr = like(gates and bool(cell.split), GH, rows=True)
     v = like(gates and bool(cell.second), H, rows=True)
     dproj = like(gates and weight_hr is not None, R, rows=True)
+    dp = like(gates and cell.P > 0, cell.P * H, rows=True)
     weights = [w and not gates for w in need]
     dx = like(weights[0] and weight_ih is not None, x.shape[-1], rows=True)
     dw_ih, db_ih = like(weights[1], GH, x.shape[-1]), like(weights[2], GH)
-    dw_hh, db_hh, dw_hr = like(weights[3], GH, R), like(weights[4], GH), like(weights[5], R, H)
+    dw_hh, db_hh = like(weights[3], *weight_hh.shape), like(weights[4], GH)
+    dw_hr, dparams = like(weights[5], R, H), like(cell.P > 0 and weights[6], cell.P, H)
     size = torch.zeros(T, cell.S + 1, dtype=torch.float64) if norms else None
     if tokenless or acts.shape[0] == 0:
         dstate = [torch.zeros_like(s) if g is None else g.clone() for s, g in zip(state, grads[cell.S :])]
     else:
         dstate = [torch.empty_like(s) for s in state]
         tensors = [
-            *steps, x, weight_ih, weight_hh, weight_hr, raw, acts, *saved[: cell.S], *state, *grads,
-            dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, *dstate, dgates, dr, v, dproj, size,
+            *steps, extra.params, extra.seed, extra.flags,
+            x, weight_ih, weight_hh, weight_hr, raw, acts, *saved[: cell.S], *state, *grads,
+            dx, dw_ih, db_ih, dw_hh if cell.recurrent else None, db_hh, dw_hr, dparams, *dstate,
+            dgates, dr, v, dproj, dp, size,
         ]  # fmt: skip
-        build().recurrent_backward(
-            cell.name, cell.S, STORAGE[x.dtype], T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), addresses(tensors)
+        build().recurrent(
+            entries(cell, x.dtype)[1], _sizes(x, T, H, state, reverse, extra), [*extra.noise, extra.clip], addresses(tensors)
         )  # fmt: skip
-    first = [dgates, dr, v, dproj] if gates else [dgates if dx is None else dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr]
+    first = (
+        [dgates, dr, v, dproj, dp]
+        if gates
+        else [dgates if dx is None else dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, dparams]
+    )
     return [t for t in (*first, *dstate, size) if t is not None]
