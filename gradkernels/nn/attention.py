@@ -107,7 +107,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         (B, L, E), S = query.shape, key.shape[1]
         if self.embed_dim != E:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {E}")
-        in_torchs_order = tuple(key.transpose(0, 1).shape), tuple(value.transpose(0, 1).shape)
+        in_torchs_order = key.transpose(0, 1).shape, value.transpose(0, 1).shape
         if self._qkv_same_embed_dim and key.shape != value.shape:
             raise AssertionError(f"key shape {in_torchs_order[0]} does not match value shape {in_torchs_order[1]}")
         if key.shape[:2] != value.shape[:2]:

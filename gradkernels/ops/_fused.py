@@ -51,7 +51,7 @@ class Fused:
     results: names of what a caller gets; kept: of what backward needs besides, which has no derivative.
     definition: `definition(*tensors, **options) -> results` in differentiable torch operations.
     fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
-    shared: `shared(options) -> {k: j}`: the gradient of tensor k is that of tensor j.
+    shared: `shared(tensors, options) -> {k: j}`: the gradient of tensor k is that of tensor j.
     saved: `saved(tensors, outputs) -> (*tensors, *outputs)`, as they are kept for backward: what it does not read is left out, and
         what a result stands for is not kept beside it.
     like: the layout in which backward gives the gradient of a tensor.
@@ -67,7 +67,7 @@ class Fused:
         kept: Sequence[str],
         definition: Callable[..., tuple[Tensor, ...]],
         fake: Callable[..., tuple[Tensor, ...]],
-        shared: Callable[[dict[str, Any]], dict[int, int]] = lambda options: {},
+        shared: Callable[..., dict[int, int]] = lambda tensors, options: {},
         fold: Callable[..., Any] | None = None,
         saved: Callable[..., tuple[Tensor | None, ...]] = lambda tensors, outputs: (*tensors, *outputs),
         like: Callable[[Tensor], Tensor] = lambda v: v.new_empty(v.shape),
@@ -156,18 +156,18 @@ class Fused:
         _, tensors, _, need, _, _ = self._split(args)
         return tuple(self.like(v) if wanted else nothing(tensors[0]) for v, wanted in zip(tensors, need))
 
-    def needs(self, wanted: Sequence[bool], options: dict[str, Any]) -> tuple[list[bool], dict[int, int]]:
+    def needs(self, wanted: Sequence[bool], tensors, options: dict[str, Any]) -> tuple[list[bool], dict[int, int]]:
         """What the backward kernel is asked for, and which gradients are then another's too."""
-        need, same = list(wanted), self.shared(options)
+        need, same = list(wanted), self.shared(tensors, options)
         for k, j in same.items():
             need[j], need[k] = need[j] or need[k], False
         return need, same
 
-    def gradients(self, run, grads, wanted, options):
+    def gradients(self, run, grads, wanted, tensors, options):
         """One gradient per tensor, None where not wanted; `run(need)` calls the backward kernel."""
         if all(g is None for g in grads):
             return [None] * len(wanted)
-        need, same = self.needs(wanted, options)
+        need, same = self.needs(wanted, tensors, options)
         got = run(need)
         return [got[same.get(k, k)] if w else None for k, w in enumerate(wanted)]
 
@@ -183,7 +183,7 @@ class Fused:
         def forward_derivative(ctx, *grads):
             tensors, outputs = cut(ctx.saved_tensors, n)
             run = lambda need: self.backward_op(*grads[:r], *tensors, *outputs, need, *ctx.how, ctx.backend)
-            got = self.gradients(run, grads[:r], ctx.needs_input_grad[:n], dict(zip(self.options, ctx.how)))
+            got = self.gradients(run, grads[:r], ctx.needs_input_grad[:n], tensors, dict(zip(self.options, ctx.how)))
             return (*got, *[None] * (len(self.options) + 1))
 
         def keep_backward(ctx, inputs, output):

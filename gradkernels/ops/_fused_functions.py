@@ -82,7 +82,7 @@ def functions(op: Fused):
                 run = lambda need: apply(Backward)((tuple(need), how, backend), *grads, *tensors, *outputs)
             else:
                 run = lambda need: op.run_backward(grads, tensors, outputs, need, how, backend)
-            return None, *op.gradients(run, grads, ctx.needs_input_grad[1:], dict(zip(op.options, how)))
+            return None, *op.gradients(run, grads, ctx.needs_input_grad[1:], tensors, dict(zip(op.options, how)))
 
         @staticmethod
         def jvp(ctx, _, *tangents):

@@ -122,7 +122,7 @@ def attention(
     if cu_q is not None:
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     if bias is not None:
-        bias, key_mask = _mask(bias, key_mask)
+        bias, key_mask = _mask(bias, key_mask, q.shape[0], k.shape[2])
     slopes = None if alibi_slopes is None else torch.atleast_2d(alibi_slopes.detach())
     seed = draw_seed(q) if dropout_p > 0 else None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -144,13 +144,13 @@ def _window(window):
     return -1 if left is None else left, -1 if right is None else right
 
 
-def _mask(bias, key_mask):
+def _mask(bias, key_mask, B, Tk):
     """A bias of four dimensions; a bool mask becomes one, or, where it speaks of keys alone, a key mask."""
     bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
     if bias.dtype != torch.bool:
         return bias, key_mask
     if key_mask is None and bias.shape[1:3] == (1, 1):
-        return None, bias[:, 0, 0]
+        return None, bias[:, 0, 0].expand(B, Tk)
     return torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf), key_mask
 
 

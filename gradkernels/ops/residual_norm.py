@@ -55,7 +55,7 @@ fused = Fused(
     ("mean", "rstd"),
     definition,
     _fake,
-    shared=lambda options: {} if options["p"] > 0 else {0: 1},
+    shared=lambda tensors, options: {0: 1} if tensors[1] is not None and options["p"] == 0 else {},
     fold=_fold,
     saved=_saved,
 )

@@ -15,7 +15,7 @@ import gradkernels as gk
 from gradkernels.nn import remake
 from gradkernels.nn.remake import remade, remaking, rounded
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 
 def chain(x, weight, bias, made=None):
