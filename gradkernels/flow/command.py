@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ INITS: dict[str, Callable[[nn.Module, int], object]] = {
     "forget": lambda module, length: gk.init.forget_bias_(module, 3.0),
     "chrono": lambda module, length: gk.init.chrono_(module, max(2, length)),
 }
+DEFAULT = (("rnn_tanh", "default"), ("lstm", "default"), ("lstm", "chrono"))
 
 
 class Recall(nn.Module):
@@ -94,22 +95,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, progress going to stderr")
 
 
-def train(args: argparse.Namespace, runs: dict[str, tuple[str, str]], show: Callable[[Any], object]) -> dict[str, Any]:
+def train(args: argparse.Namespace, out: TextIO, show: Callable[[Any], object]) -> dict[str, Any]:
     """What became of each run: its monitor, losses and alerts; `show` is given the monitors before the first step."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        for name, (cell, init) in runs.items():
+        for cell, init in args.runs or DEFAULT:
+            name = cell if init == "default" else f"{cell}:{init}"
             torch.manual_seed(args.seed)
             model = Recall(cell, args.hidden)
-            INITS[init](model.recurrent, args.length)
+            try:
+                INITS[init](model.recurrent, args.length)
+            except ValueError as error:
+                raise Refused(f"{name}: {error}") from None
             alerts: list[gk.flow.Alert] = []
             spectra = max(1, args.steps // 40)
             monitor = stack.enter_context(gk.flow.watch(model, spectra=spectra, on_alert=alerts.append))
             optimizer = torch.optim.Adam(model.parameters(), args.rate)
             found[name] = {"monitor": monitor, "model": model, "optimizer": optimizer, "losses": [], "alerts": alerts}
         show({name: run["monitor"] for name, run in found.items()})
-        progress = Progress(runs, args.steps, sys.stderr if args.json else sys.stdout)
-        with progress:
+        print(
+            f"Models of {args.hidden} units name the first of {args.length} symbols after the last; "
+            f"{args.steps} steps of {args.batch} sequences.",
+            file=out,
+        )
+        with Progress(found, args.steps, out) as progress:
             for _, (symbols, targets) in zip(range(args.steps), batches(args.length, args.batch, args.seed)):
                 for name, run in found.items():
                     loss = F.cross_entropy(run["model"](symbols), targets)
@@ -119,6 +128,7 @@ def train(args: argparse.Namespace, runs: dict[str, tuple[str, str]], show: Call
                     run["optimizer"].step()
                     run["losses"].append(loss.item())
                     progress.advance(name, 1, f"loss {run['losses'][-1]:.4f}")
+        gk.flow.report({name: run["monitor"] for name, run in found.items()}, args.html)
     return found
 
 
@@ -141,19 +151,13 @@ def ends(monitor: gk.flow.Monitor) -> tuple[int | None, int | None]:
     return layer["horizon"][0], layer["horizon"][-1]
 
 
+class Refused(Exception):
+    """What was asked for cannot be done; the text says why."""
+
+
 def run(args: argparse.Namespace) -> int:
-    """Train or read, write the report; 2 where a file cannot be read or written, or the port is taken."""
+    """Train or read, and write the report; 2 where something cannot be read, written, made or served."""
     out = sys.stderr if args.json else sys.stdout
-    try:
-        return _run(args, out)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, OSError) or args.read:
-            print(f"python -m gradkernels flow: {error}", file=sys.stderr)
-            return 2
-        raise
-
-
-def _run(args: argparse.Namespace, out: Any) -> int:
     server: list[gk.flow.Server] = []
 
     def show(source: Any) -> None:
@@ -161,21 +165,14 @@ def _run(args: argparse.Namespace, out: Any) -> int:
         if args.live:
             server.append(gk.flow.serve(source, args.port))
 
-    if args.read:
-        source = json.loads(Path(args.read).read_text(encoding="utf-8"))
-        show(source)
-        said: dict[str, Any] = {"report": args.html}
-    else:
-        runs = {(c if i == "default" else f"{c}:{i}"): (c, i) for c, i in args.runs or _DEFAULT}
-        print(
-            f"Models of {args.hidden} units name the first of {args.length} symbols after the last; "
-            f"{args.steps} steps of {args.batch} sequences.",
-            file=out,
-        )
-        found = train(args, runs, show)
-        gk.flow.report({name: one["monitor"] for name, one in found.items()}, args.html)
+    try:
+        found = read(args, show) if args.read else train(args, out, show)
+    except (Refused, OSError) as error:
+        print(f"python -m gradkernels flow: {error}", file=sys.stderr)
+        return 2
+    if found:
         print(f"\n{table(args, found)}\n", file=out)
-        said = {"report": args.html, "runs": {name: _summary(one) for name, one in found.items()}}
+    said = {"report": args.html} | ({"runs": {name: summary(one) for name, one in found.items()}} if found else {})
     print(json.dumps(said) if args.json else f"The report is in {args.html}.")
     if server:
         print(f"The page stays at {server[0].url} until Ctrl-C.", file=out, flush=True)
@@ -183,10 +180,17 @@ def _run(args: argparse.Namespace, out: Any) -> int:
     return 0
 
 
-_DEFAULT = (("rnn_tanh", "default"), ("lstm", "default"), ("lstm", "chrono"))
+def read(args: argparse.Namespace, show: Callable[[Any], object]) -> dict[str, Any]:
+    """Nothing was trained; `show` is given what was read."""
+    text = Path(args.read).read_text(encoding="utf-8")
+    try:
+        show(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{args.read}: {error}") from None
+    return {}
 
 
-def _summary(one: dict[str, Any]) -> dict[str, Any]:
+def summary(one: dict[str, Any]) -> dict[str, Any]:
     first, last = ends(one["monitor"])
     alerts = [alert.to_dict() for alert in one["alerts"]]
     return {"losses": one["losses"], "horizon_first": first, "horizon_last": last, "alerts": alerts}
