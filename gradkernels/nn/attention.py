@@ -76,21 +76,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
-        shared, packed = key is value, query is key is value
-        if not batched or not self.batch_first:
-            query, key, value = (v.transpose(0, 1) if batched else v.unsqueeze(0) for v in (query, key, value))
-            key_padding_mask = (
-                key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            )
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
             )
-        self._check(query, key, value, key_padding_mask, attn_mask)
+
+        def batch_first(v):
+            return v.unsqueeze(0) if not batched else v if self.batch_first else v.transpose(0, 1)
+
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        L, S = self._check(*map(batch_first, (query, key, value)), key_padding_mask, attn_mask)
         whole = need_weights or self.head_dim > WIDEST
-        seen = self.seen(attn_mask, key_padding_mask, is_causal and not whole, query.shape[1], key.shape[1])
-        q, k, v = self._project(query, key, value, shared, packed)
+        seen = self.seen(attn_mask, key_padding_mask, is_causal and not whole, L, S)
+        q, k, v = map(batch_first, self._project(query, key, value))
         q, k, v, seen = self._more_keys(q, k, v, seen)
         if whole:
             y, weights = self._by_weights(q, k, v, seen)
@@ -103,7 +103,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return y, weights if batched else weights.squeeze(0)
 
     def _check(self, query, key, value, key_padding_mask, attn_mask):
-        """Of tensors [B, T, .], in torch's words."""
+        """Of tensors [B, T, .], in torch's words -> numbers of queries and keys."""
         (B, L, E), S = query.shape, key.shape[1]
         if self.embed_dim != E:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {E}")
@@ -127,6 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 )
         if key_padding_mask is not None and key_padding_mask.shape != (B, S):
             raise AssertionError(f"key_padding_mask must have shape {(B, S)}, got {tuple(key_padding_mask.shape)}")
+        return L, S
 
     def seen(self, attn_mask, key_padding_mask, is_causal, L, S):
         """Torch's masks, in which True hides, as ours, in which True shows."""
@@ -147,10 +148,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = bias + padding
         return Seen(causal, bias, key_mask)
 
-    def _project(self, query, key, value, shared, packed) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as [B, T, H * D], views of one tensor where one product makes them."""
+    def _project(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, [.., H * D] each, views of one tensor where one product makes them."""
         w, b, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         linear = partial(remade, F.linear) if self.recompute else F.linear
+        shared, packed = key is value, query is key is value
         query = rounded(query)
         if self._qkv_same_embed_dim and packed:
             return linear(query, w, b).chunk(3, -1)
@@ -223,7 +225,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def of_itself(self, x: Tensor, seen: Seen) -> Tensor:
         """Attention of sequences to themselves, [B, T, E], or [N, E] where they lie one after the other."""
-        return self._out(*self._project(x, x, x, True, True), seen)
+        return self._out(*self._project(x, x, x), seen)
 
 
 def flattened(x: Tensor) -> tuple[Tensor, Tensor]:
