@@ -37,13 +37,13 @@ class Step:
     sharded: bool = False  # each rank has but a part of every parameter
 
 
-def records(steps: list[Step]) -> list[Record]:
-    """One record for each step."""
+def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
+    """One record for each step, and the points whose leaves were filled to the last row: their sequences may have been longer."""
     made = [Record(step.number, step.index, {}) for step in steps]
     ones = torch.ones((), dtype=torch.double)
     scales = to_host([ones if step.scale is None else step.scale.double() for step in steps])
     # what has one shape is taken together: numpy, and a device, take longer to be called than to compute
-    together: dict[tuple[Any, ...], list[tuple[int, Layer, Tensor]]] = defaultdict(list)
+    together: dict[tuple[Any, ...], list[tuple[int, Layer, Tensor, Any]]] = defaultdict(list)
     for k, step in enumerate(steps):
         for (point, at), squares in step.found.items():
             if isinstance(point, Residual):
@@ -51,16 +51,18 @@ def records(steps: list[Step]) -> list[Record]:
             else:
                 layer: Layer = point.layers[at]
                 made[k].layers[layer.name] = Flow()  # in the order of the model
-                together[len(layer.states), layer.reverse, len(squares)].append((k, layer, squares))
+                together[len(layer.states), layer.reverse, len(squares)].append((k, layer, squares, point))
+    full = set()
     for (S, reverse, _), rows in together.items():
-        fill(made, rows, scales, S, reverse)
+        lengths = fill(made, rows, scales, S, reverse)
+        full |= {point for (*_, v, point), T in zip(rows, lengths) if T == len(v)}
     for record, step in zip(made, steps):
         record.dead = dict(zip(step.dead, to_host([*step.dead.values()]).tolist())) if step.dead else {}
         if step.parameters:
             values = to_host([*step.parameters.values()])
             record.parameters = {name: group(*row) for name, row in zip(step.parameters, values.tolist())}
             record.grad_norm = math.sqrt(values[:, 1].sum())
-    return made
+    return made, full
 
 
 def to_host(tensors: list[Tensor]) -> Array:
@@ -79,10 +81,12 @@ def block(squares: Array, scale: float) -> Block:
     return Block(entrance, exit, float(squares[2]) / paths if 0 < paths < math.inf else None)
 
 
-def fill(made: list[Record], rows: list[tuple[int, Layer, Tensor]], scales: Array, S: int, reverse: bool) -> None:
-    """Squares [steps, C] of layers of S states, into the flows of their records."""
+def fill(
+    made: list[Record], rows: list[tuple[int, Layer, Tensor, Any]], scales: Array, S: int, reverse: bool
+) -> list[int]:
+    """Squares [steps, C] of layers of S states, into the flows of their records; returns how many steps each has."""
     states, columns = S or 1, max(S + 1, 2)  # of norms, with the number of rows; without states there is x
-    squares = to_host([v if v.shape[1] == columns else v[:, :columns] for *_, v in rows])
+    squares = to_host([v if v.shape[1] == columns else v[:, :columns] for _, _, v, _ in rows])
     log10 = log10_norm(squares[:, :, :states], scales[[k for k, *_ in rows], None, None]).astype(np.float32)
     lengths = np.count_nonzero(squares[:, :, states], 1)
     for T in np.unique(lengths).tolist():
@@ -92,13 +96,15 @@ def fill(made: list[Record], rows: list[tuple[int, Layer, Tensor]], scales: Arra
         broken = np.any(~(log < np.inf), (1, 2)).tolist()
         numbers = zip(at.tolist(), log, horizons(back), decays(back), reach(back), broken)
         for j, values, far, line, reached, bad in numbers:
-            k, layer, v = rows[j]
+            k, layer, v, _ = rows[j]
             flow = made[k].layers[layer.name]
             own = values.T.copy()  # a view would keep the others alive
             flow.signals = dict(zip(layer.states or ("x",), own))
             flow.horizon, flow.decay, flow.reached, flow.broken = far, line, reached, bad
             if v.shape[1] > columns:
                 details(flow, layer, v[:T].cpu().numpy(), scales[k])
+    steps: list[int] = lengths.tolist()
+    return steps
 
 
 def details(flow: Flow, layer: Layer, squares: Array, scale: float) -> None:

@@ -84,6 +84,7 @@ class Monitor:
         self._history, self._alerts = History(keep), Alerts()
         self._pending: list[Step] = []
         self._untold: list[tuple[Record, list[Alert]]] = []
+        self._short: set[Sequence] = set()
         self._lock = threading.RLock()
         self._clips = [0, 0]  # steps clipped, of how many
         self._spectra: list[tuple[int, Any]] = []
@@ -210,7 +211,9 @@ class Monitor:
         with self._lock:
             self._read = time.monotonic()
             pending, self._pending = self._pending, []
-            for record in records(pending) if pending else ():
+            made, full = records(pending) if pending else ([], set())
+            self._short |= {point for point in full if not point.seen}
+            for record in made:
                 if not (record.layers or record.blocks or record.parameters):
                     continue
                 self._history.append(record)
@@ -226,6 +229,9 @@ class Monitor:
         """The thread that trains tells sinks and callbacks what is new, and raises what was asked for."""
         with self._lock:
             untold, self._untold = self._untold, []
+            short, self._short = self._short, set()
+        for point in short:  # of compiled code, which cannot make longer leaves when it meets a longer sequence
+            point.resize(2 * point.steps)
         for record, fresh in untold:
             for sink in self.log:
                 sink(record)
@@ -253,7 +259,7 @@ class Monitor:
         if not found or self.group is not None:
             return None
         scale = self.scaler._scale.clone() if self.scaler is not None and self.scaler._scale is not None else None
-        return records([Step(self.step_count + 1, self.step_count // self.every, found, scale)])[0]
+        return records([Step(self.step_count + 1, self.step_count // self.every, found, scale)])[0][0]
 
     @property
     def history(self) -> list[Record]:
@@ -301,9 +307,10 @@ class Monitor:
             return snapshot(self)
 
     def close(self) -> None:
-        """Stop watching; what was found stays. Nothing happens the second time."""
+        """Stop watching; what was found stays, also of a step under way. Nothing happens the second time."""
         if self._closed:
             return
+        self._finish()
         self.flush()
         self._closed = True
         model = self.model()
@@ -316,8 +323,13 @@ class Monitor:
 
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is None:
+            self._finish()
             self.sync()
         self.close()
+
+    def _finish(self) -> None:
+        if any(True for point in self._points for _ in point.peek()):
+            self.step()
 
 
 _NOTHING = (

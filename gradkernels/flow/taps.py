@@ -208,31 +208,27 @@ class Sequence(Point):
         self.steps, self.made = steps, {}
         self.arm(self.level)
 
-    def take(self) -> Iterator[tuple[int, Tensor]]:
-        """What has been measured since the last time: number of the layer, [steps, columns]. References change hands."""
+    def peek(self) -> Iterator[tuple[int, Tensor]]:
+        """What has been measured since the last `take`: number of the layer, [steps, columns]."""
         for k, leaf in enumerate(self.leaves):
-            found, leaf.grad = leaf.grad, None
+            found = leaf.grad
             for old in self.outgrown:
                 if (earlier := old[k].grad) is not None:
-                    earlier = fit_start(earlier, self.steps)
+                    earlier = F.pad(earlier, (0, 0, 0, self.steps - len(earlier)))  # of negative length: rows nobody has filled
                     found = earlier if found is None else found + earlier
             if found is not None:
                 yield k, found
+
+    def take(self) -> Iterator[tuple[int, Tensor]]:
+        """The same, and the next step begins. References change hands."""
+        yield from self.peek()
+        for leaf in self.leaves:
+            leaf.grad = None
         self.outgrown = []
 
     def shapes(self, level: int) -> list[tuple[int, ...]]:
         """Of the leaves of a step that measures this much."""
         return [(self.steps, columns[level - 1]) for columns in self.columns]
-
-    def peek(self) -> Iterator[tuple[int, Tensor]]:
-        """The same, left where it is."""
-        for k, leaf in enumerate(self.leaves):
-            if leaf.grad is not None:
-                yield k, leaf.grad.clone()
-
-
-def fit_start(size: Tensor, steps: int) -> Tensor:
-    return F.pad(size, (0, 0, 0, steps - len(size))) if len(size) < steps else size[:steps]
 
 
 class Recurrent(Sequence):
@@ -344,17 +340,17 @@ class Residual(Point):
             return None
         return Send.apply(y, path if self.pre and path.numel() == y.numel() else None, self.leaf)
 
-    def take(self) -> Iterator[tuple[int, Tensor]]:
+    def peek(self) -> Iterator[tuple[int, Tensor]]:
         if self.leaf is not None and self.leaf.grad is not None:
-            found, self.leaf.grad = self.leaf.grad, None
-            yield 0, found
+            yield 0, self.leaf.grad
+
+    def take(self) -> Iterator[tuple[int, Tensor]]:
+        yield from self.peek()
+        if self.leaf is not None:
+            self.leaf.grad = None
 
     def shapes(self, level: int) -> list[tuple[int, ...]]:
         return [(4,)]
-
-    def peek(self) -> Iterator[tuple[int, Tensor]]:
-        if self.leaf is not None and self.leaf.grad is not None:
-            yield 0, self.leaf.grad.clone()
 
 
 def points(model: nn.Module) -> list[Sequence | Residual]:

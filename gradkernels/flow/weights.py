@@ -33,8 +33,10 @@ class Weights:
 
     @torch.no_grad()
     def keep(self, optimizer: Optimizer) -> None:
-        """Before an update."""
+        """Before an update. What is not to be updated now, with a learning rate of 0, has none to measure."""
         for group in optimizer.param_groups:
+            if group.get("lr") == 0:
+                continue
             for p in group["params"]:
                 if p.grad is None:
                     continue
