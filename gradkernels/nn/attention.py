@@ -87,7 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        L, S = self._check(*map(batch_first, (query, key, value)), key_padding_mask, attn_mask)
+        L, S = self._check([batch_first(v) for v in (query, key, value)], key_padding_mask, attn_mask)
         whole = need_weights or self.head_dim > WIDEST
         seen = self.seen(attn_mask, key_padding_mask, is_causal and not whole, L, S)
         q, k, v = map(batch_first, self._project(query, key, value))
@@ -102,8 +102,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = weights.mean(1) if average_attn_weights else weights
         return y, weights if batched else weights.squeeze(0)
 
-    def _check(self, query, key, value, key_padding_mask, attn_mask):
+    def _check(self, inputs, key_padding_mask, attn_mask):
         """Of tensors [B, T, .], in torch's words -> numbers of queries and keys."""
+        query, key, value = inputs
         (B, L, E), S = query.shape, key.shape[1]
         if self.embed_dim != E:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {E}")
