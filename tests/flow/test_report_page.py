@@ -393,6 +393,17 @@ def test_print(visit):
     expect(page.locator(".plot.map")).to_be_visible()
 
 
+def test_a_printer_gets_figures_that_fit(visit):
+    page = visit(snapshot(alerts=[alert()]))
+    widest = "() => Math.max(...[...document.querySelectorAll('.plot svg')].map(s => +s.getAttribute('width')))"
+    before = page.evaluate(widest)
+    # all of it before the event is over: nobody waits any longer
+    fits = page.evaluate(f"() => {{ dispatchEvent(new Event('beforeprint')); return ({widest})() }}")
+    assert fits < 44 * 16 < before
+    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(widest) == before
+
+
 # ------ lessons
 
 

@@ -63,11 +63,33 @@ function slider(label, { min, max, step, value, format = String }, onchange) {
   return make("label", { class: "control wide" }, make("span", {}, label), input, shown);
 }
 
-/** Calls `paint(width)` now and whenever the element gets another width. */
+const painted = new Set(); // [element, its width, what paints it]
+
+/** Calls `paint()` now and whenever the element gets another width. */
 function onWidth(element, paint) {
-  let width = 0;
-  new ResizeObserver(() => {
-    const now = Math.floor(element.clientWidth);
-    if (now && now !== width) paint((width = now));
-  }).observe(element);
+  const one = { element, width: 0, paint };
+  painted.add(one);
+  new ResizeObserver(() => fit(one)).observe(element);
+}
+
+function fit(one) {
+  const width = Math.floor(one.element.clientWidth);
+  if (!width || width === one.width) return;
+  one.width = width;
+  one.paint();
+}
+
+/** Everything as wide as it is now, at once: a printer does not wait until the browser says that widths have changed. */
+function fitAll() {
+  for (const one of painted) {
+    if (one.element.isConnected) fit(one);
+    else painted.delete(one);
+  }
+}
+
+for (const [event, printed] of [["beforeprint", true], ["afterprint", false]]) {
+  window.addEventListener(event, () => {
+    document.documentElement.classList.toggle("printed", printed);
+    fitAll();
+  });
 }
