@@ -168,7 +168,7 @@ def compare(
     That is not the norm of a parameter's gradient: sums over time are dominated by the last steps, and look the same whether or
     not anything arrives from the first ones. `Comparison.parameters` has those norms, to see it.
 
-    Models are copied, converted to gradkernels, and run in float64, as in evaluation: norms down to 1e-308 are seen.
+    Models are copied, converted to gradkernels, and run in float64, as in evaluation: norms down to 1e-150 are seen.
 
     Args:
         models: by name, modules, or functions without arguments that make one, called anew for every seed. A module gets

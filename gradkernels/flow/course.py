@@ -61,6 +61,11 @@ class Course:
             x, states = x.unsqueeze(1), tuple(h.unsqueeze(1) for h in states)
         if not x.numel():
             raise ValueError(f"x has no steps or rows: {list(x.shape)}")
+        lead = (len(module._all_weights), x.shape[1])
+        if any(h.dim() != 3 or h.shape[:2] != lead for h in states):
+            raise ValueError(
+                f"hx must be [{lead[0]}, {lead[1]}, ..] for x {list(x.shape)}, got {[list(h.shape) for h in states]}"
+            )
         for name, values in {"x": (x,), "hx": states, "a weight": tuple(module.parameters())}.items():
             if not all(v.isfinite().all() for v in values):
                 raise ValueError(f"{name} is not finite")

@@ -73,6 +73,8 @@ class Part:
         held = {f"{name}_l0": w.detach().double().cpu() for name, w in weights.items() if w is not None}
         features, units = held["weight_ih_l0"].shape[1], held["weight_ih_l0"].shape[0] // self.cell.G
         layer = Recurrent(self.cell, features, units, bias=module.bias, proj_size=module.proj_size, dtype=torch.double)
+        if isinstance(module, RNNBase) and module.backend == "reference":  # other backends may be for another device
+            layer.backend = module.backend
         layer.load_state_dict(held)
         return layer.eval().requires_grad_(False)
 
