@@ -1,7 +1,8 @@
 """Triton kernels for GPUs of any vendor that Triton supports; Triton's interpreter runs them on the CPU.
 
 A walk over the steps is one kernel for few units, and one launch or two per step for any number of them; `launch.py` chooses.
-Both are generic over the cell, whose printed functions they are given. Triton is imported when a kernel is asked for.
+Both are generic over the cell, whose printed functions they are given. Operations without a recurrence have modules of their
+own, named as they are. Triton is imported when a kernel is asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ def why_not(
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux)"
     reason = _no_device(device)
-    if cell is not None and (cell.extra or cell.means or not cell.recurrent):
-        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
     if reason is None and cell is not None:
         from gradkernels.backends.triton import cells
 

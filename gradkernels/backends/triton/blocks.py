@@ -1,7 +1,7 @@
 """What both kinds of kernels share: which rows a step has, and loads and stores of several planes.
 
 A plane is a block [rows, units] of one gate, state or kept value; several of them are a tuple, as cells take them.
-Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values.
+Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values, P parameters.
 """
 
 # The bodies of kernels are in the language of Triton.
@@ -87,3 +87,36 @@ def squares(v, mask):
     """The sum of the squares of a plane, in float64."""
     v = tl.where(mask, v, 0.0).to(tl.float64)
     return tl.sum(v * v)  # not axis by axis: Triton 3.6 fails on that for sm_100
+
+
+@triton.jit
+def load_parameters(params, u, H: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr):
+    """params [P, H]: P rows [1, units] for these units."""
+    out = ()
+    for k in tl.static_range(P):
+        out = out + (tl.load(params + k * H + u, mask=u < H, other=0.0).to(dtype)[None, :],)
+    return out
+
+
+@triton.jit
+def delayed(
+    sequence,  # [N, H] first states
+    b,  # rows of the walk
+    col,
+    u,
+    n,  # rows that the earlier step has, and the step at hand
+    start,  # token where the earlier step begins
+    H: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The first state of an earlier step, zero where there was none."""
+    mask = (b < n)[:, None] & (u < H)[None, :]
+    return tl.load(sequence + (start + col)[:, None] * H + u[None, :], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def clamp(v, limit: tl.constexpr):
+    """Clipped to [-limit, limit]; NaN stays. limit 0: as it is."""
+    if limit > 0:
+        v = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))
+    return v

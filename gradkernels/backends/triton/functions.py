@@ -71,4 +71,86 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 
 
-VOCABULARY = {f.__name__: f for f in (full_like, where, exp, log, sqrt, abs, relu, sigmoid, tanh)}
+@triton.jit
+def expm1(x):
+    t = tanh(0.5 * x)
+    return tl.where(tl.abs(x) < 1, 2 * t / (1 - t), tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    """W. Kahan's: what the rounding of 1 + x takes from the logarithm, the quotient gives back."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.where(u == float("inf"), u, tl.log(u) * (x / (u - 1))))
+
+
+@triton.jit
+def softplus(x):
+    return relu(x) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sin(x):
+    return tl.sin(x)
+
+
+@triton.jit
+def cos(x):
+    return tl.cos(x)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def min(a, b):
+    return tl.where(a < b, a, tl.where(a == a, b, a))  # noqa: PLR0124 - a NaN stays, whichever it is
+
+
+@triton.jit
+def max(a, b):
+    return tl.where(a > b, a, tl.where(a == a, b, a))  # noqa: PLR0124
+
+
+@triton.jit
+def pow(a, n: tl.constexpr):
+    """Through the logarithm in float64, which leaves float32 all its digits."""
+    size = tl.exp(n * tl.log(tl.abs(a).to(tl.float64)))
+    if n % 1 != 0:
+        size = tl.where(a < 0, float("nan"), size)
+    elif n % 2 == 1:
+        size = tl.where(a < 0, -size, size)
+    return size.to(a.dtype)
+
+
+VOCABULARY = {
+    f.__name__: f
+    for f in (
+        full_like,
+        where,
+        exp,
+        expm1,
+        log,
+        log1p,
+        sqrt,
+        abs,
+        sign,
+        relu,
+        sigmoid,
+        tanh,
+        softplus,
+        sin,
+        cos,
+        erf,
+        min,
+        max,
+        pow,
+    )
+}

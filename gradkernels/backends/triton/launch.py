@@ -21,6 +21,7 @@ from gradkernels.backends._sequence import tf32
 from gradkernels.cells import Cell
 
 ROWS = 16  # the least that tensor cores take
+UNITS = 64  # of a program whose units do not meet
 TILES = [(BM, BU) for BM in (16, 32, 64, 128) for BU in (16, 32)]  # rows x units of a program
 L2_BYTES = 64  # a clock from L2 into a multiprocessor,
 L2_SHARE = 0.4  # and which share of all of them can have that at once
@@ -153,6 +154,14 @@ def tile(B: int, units: int, K: int, planes: int, number: Number, at: Limits) ->
     BK = number.chunk(K)
     chosen = options(8 if BM * BU > 2048 else 4) | {"num_stages": stages((BM + planes * BU) * BK, number, at)}
     return Tile(BM, BU, BK, grid, chosen | ({"launch_pdl": True} if at.overlap else {}))
+
+
+def whole_rows(B: int, H: int, number: Number, at: Limits) -> Tile:
+    """The tile of a launch whose programs have all units of their rows: half the planes that fit, for means are made of several."""
+    BU = padded(H)
+    BM = max(1, min(ROWS, number.largest // 2 // BU))
+    chosen = options(8 if BM * BU > 2048 else 4) | ({"launch_pdl": True} if at.overlap else {})
+    return Tile(BM, BU, ROWS, (1, triton.cdiv(B, BM), 1), chosen)
 
 
 def options(warps: int) -> dict[str, Any]:

@@ -26,6 +26,19 @@ def words(
 
 
 @triton.jit
+def side_by_side(
+    seed,  # int64
+    row,  # [M, 1] int64
+    first,  # column, a multiple of 4
+    N: tl.constexpr,  # a power of two, 4 or more
+):
+    """The words of columns first .. first + N: [M, N] uint32."""
+    w0, w1, w2, w3 = words(seed, row, (first // 4 + tl.arange(0, N // 4))[None, :])
+    # four columns of a block lie side by side in a thread, as they do when it loads or stores them
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [row.shape[0], N])
+
+
+@triton.jit
 def factors(
     seed,  # int64
     row,  # [M, 1] int64
@@ -36,7 +49,4 @@ def factors(
     dtype: tl.constexpr,
 ):
     """What dropout multiplies rows with in columns first .. first + N: [M, N], 0 where a place is dropped, else scale."""
-    w0, w1, w2, w3 = words(seed, row, (first // 4 + tl.arange(0, N // 4))[None, :])
-    # four columns of a block lie side by side in a thread, as they do when it loads or stores them
-    side_by_side = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [row.shape[0], N])
-    return tl.where(side_by_side < below.to(tl.uint32), 0.0, tl.full([], scale, dtype))
+    return tl.where(side_by_side(seed, row, first, N) < below.to(tl.uint32), 0.0, tl.full([], scale, dtype))

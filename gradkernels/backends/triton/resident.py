@@ -14,10 +14,14 @@ backward reads BM (A + 2 S + 1) H e and writes BM G H e (twice where a gate is s
 A step is latency, then: of one product, the exchanges between warps around it, one cell. So BM is the least that a tensor
 core takes, 16, for the most programs.
 
-Units are padded to a power of two: with zeros in the matrix, so that no product sees what padded units hold.
+Units are padded to a power of two: with zeros in the matrix, so that no product sees what padded units hold. Of a cell without
+a recurrent product units do not meet, and a program has HP of them.
+
+What a cell reads of some steps ago (d) its own program has stored; what it owes to that step (dd) waits in memory, `owed`, too. Both
+are written by one thread and read by another, hence a barrier a step.
 
 Dims: T steps, B batch, N tokens, H units, R width of the first state, G gates, S states, A kept values, Q gates with a second
-product; HP, RP: H and R padded.
+product, P parameters, M masks, D delayed values; HP, RP: H and R padded.
 """
 
 # The bodies of kernels are in the language of Triton.
@@ -27,9 +31,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradkernels.backends.triton.blocks import cast, columns, load_planes, squares, step_rows, store_planes
+from gradkernels.backends.triton.blocks import (
+    cast,
+    clamp,
+    columns,
+    delayed,
+    load_parameters,
+    load_planes,
+    squares,
+    step_rows,
+    store_planes,
+)
 
-VARYING = ["T", "B"]  # integers that must not be compiled in
+VARYING = ["T", "B", "origin"]  # integers that must not be compiled in
 
 
 @triton.jit
@@ -70,7 +84,7 @@ def store_rows(p, b, col, u, B, WIDTH: tl.constexpr, value):
 @triton.jit
 def without_padding(v, u, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Zero in units that there are none of: zero times what a cell makes of zeros may be NaN."""
-    return v if WIDTH == PADDED else tl.where((u < WIDTH)[None, :], v, 0.0)
+    return v if WIDTH % PADDED == 0 else tl.where((u < WIDTH)[None, :], v, 0.0)
 
 
 # ---------------------------------------------------------------- forward
@@ -102,12 +116,22 @@ def forward_walk(
     final,  # S of [B, R], [B, H] ..
     raw,  # [N, H] or None
     acts,  # [N, A, H] or None
+    params,  # [P, H] or None
+    seed,  # [1] or None
+    flags,  # [N] or None
+    origin,  # number of the first token
     FORWARD: tl.constexpr,
     OPERAND: tl.constexpr,
+    MASKS: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
     Q: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    SKIP: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     HP: tl.constexpr,
@@ -119,9 +143,12 @@ def forward_walk(
 ):
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     col = columns(b, B, order)
-    u = tl.arange(0, HP)
-    v = tl.arange(0, RP)
-    w = load_matrix(w_hh, u[None, :], v[:, None], H, R, H, G)
+    u = tl.program_id(1) * HP + tl.arange(0, HP)
+    v = tl.program_id(1) * RP + tl.arange(0, RP)
+    w = ()
+    if RECURRENT:
+        w = load_matrix(w_hh, u[None, :], v[:, None], H, R, H, G)
+    p = load_parameters(params, u, H, P, ACC)
     if w_hr is not None:
         projection = load_matrix(w_hr, v[None, :], u[:, None], R, H, R, 1)[0]
     added = ()
@@ -151,11 +178,21 @@ def forward_walk(
         ahead = (b < following)[:, None] & (u < H)[None, :]
         x = load_planes(gates, (begin + col)[:, None] * (G * H) + u[None, :], H, ahead, G)
 
-        r = products(h, w, added, 0, G - Q, PRECISION, ACC)
+        r = ()
+        if RECURRENT:
+            r = products(h, w, added, 0, G - Q, PRECISION, ACC)
         s = (tl.zeros([BM, HP], ACC) if w_hr is not None else h,) + others
+        m = ()
+        if M > 0:
+            m = MASKS(seed, flags, origin, start + col, col, b < n, tl.program_id(1) * HP, now[0])
+        d = ()
+        if D > 0:
+            back, begun = step_rows(t + SKIP if REVERSE else t - SKIP, steps, B, rows, first)
+            d = (delayed(seq[0], b, col, u, tl.minimum(back, n), begun, H, ACC),)
         if Q > 0:
-            r = r + products(without_padding(OPERAND(now, r, s), u, H, HP), w, added, G - Q, Q, PRECISION, ACC)
-        new, kept = FORWARD(now, r, s)
+            value = without_padding(OPERAND(now, r, s, p, m, d), u, H, HP)
+            r = r + products(value, w, added, G - Q, Q, PRECISION, ACC)
+        new, kept = FORWARD(now, r, s, p, m, d)
         y = without_padding(new[0], u, H, HP)
         if w_hr is not None:
             if raw is not None:
@@ -171,6 +208,8 @@ def forward_walk(
                 tl.store(seq[k] + token * H + u[None, :], new[k].to(seq[k].dtype.element_ty), mask=mask)
             moved = moved + (tl.where(live, new[k], others[k - 1]),)
         others = moved
+        if D > 0:
+            tl.debug_barrier()
     store_rows(final[0], b, col, v, B, R, h)
     for k in tl.static_range(1, S):
         store_rows(final[k], b, col, u, B, H, others[k - 1])
@@ -256,12 +295,25 @@ def backward_walk(
     dproj,  # [N, R] or None
     dstate,  # S of [B, R], [B, H] ..
     norms,  # [T, S, programs] float64 or None
+    dparams,  # [N, P * H] or None
+    owed,  # [N, H] in ACC, zero at first: adjoints of d by the token that d is of; or None
+    params,  # [P, H] or None
+    seed,  # [1] or None
+    flags,  # [N] or None
+    origin,  # number of the first token
     BACKWARD: tl.constexpr,
     SECOND: tl.constexpr,
+    MASKS: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
     Q: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    SKIP: tl.constexpr,
+    CLIP: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     HP: tl.constexpr,
@@ -274,9 +326,13 @@ def backward_walk(
 ):
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     col = columns(b, B, order)
-    u = tl.arange(0, HP)
-    v = tl.arange(0, RP)
-    w = load_matrix(w_hh, u[:, None], v[None, :], H, R, H, G)
+    u = tl.program_id(1) * HP + tl.arange(0, HP)
+    v = tl.program_id(1) * RP + tl.arange(0, RP)
+    w = ()
+    if RECURRENT:
+        w = load_matrix(w_hh, u[:, None], v[None, :], H, R, H, G)
+    p = load_parameters(params, u, H, P, ACC)
+    programs = tl.num_programs(0) * tl.num_programs(1)
     if w_hr is not None:
         projection = load_matrix(w_hr, v[:, None], u[None, :], R, H, R, 1)[0]
     dh = tl.zeros([BM, RP], ACC) if last[0] is None else load_rows(last[0], b, col, v, B, R).to(ACC)
@@ -310,38 +366,55 @@ def backward_walk(
             t + 1 if REVERSE else t - 1,
             steps, B, rows, first, b, col, u, v, grads, seq, raw, acts, state, S, A, H, R, REVERSE,
         )  # fmt: skip
+        if D > 0:
+            dt0 += tl.load(owed + token * H + u[None, :], mask=mask, other=0.0)
+        dt0 = clamp(dt0, CLIP)
         if norms is not None:
-            slot = norms + t.to(tl.int64) * S * tl.num_programs(0) + tl.program_id(0)
+            slot = norms + t.to(tl.int64) * S * programs + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             tl.store(slot, squares(dt0, inside))
         if w_hr is not None:
             tl.store(dproj + token * R + v[None, :], dt0.to(dproj.dtype.element_ty), mask=inside)
             dt0 = tl.dot(dt0.to(projection.dtype), projection, input_precision=PRECISION, out_dtype=ACC)
         dt = (dt0,) + dt
         gate = token * (G * H) + u[None, :]
+        m = ()
+        if M > 0:
+            m = MASKS(seed, flags, origin, start + col, col, b < n, tl.program_id(1) * HP, dt0)
+        d = ()
+        if D > 0:
+            back, begun = step_rows(t + SKIP if REVERSE else t - SKIP, steps, B, rows, first)
+            d = (delayed(seq[0], b, col, u, tl.minimum(back, n), begun, H, ACC),)
         if Q > 0:
-            value, late = SECOND(kept, s, new, dt)
+            value, late = SECOND(kept, s, new, p, m, d, dt)
             tl.store(operand + token * H + u[None, :], value.to(operand.dtype.element_ty), mask=mask)
             dv = tl.zeros([BM, HP], ACC)
             for q in tl.static_range(Q):
                 factor = without_padding(late[q], u, H, HP).to(w[0].dtype)
                 dv = tl.dot(factor, w[G - Q + q], dv, input_precision=PRECISION, out_dtype=ACC)
-            dx, dr_now, ds, full = BACKWARD(kept, s, new, dt, dv)
+            dx, dr_now, ds, dp, dd, full = BACKWARD(kept, s, new, p, m, d, dt, dv)
         else:
-            dx, dr_now, ds, full = BACKWARD(kept, s, new, dt)
+            dx, dr_now, ds, dp, dd, full = BACKWARD(kept, s, new, p, m, d, dt, ())
+        if dparams is not None:
+            store_planes(dparams, token * (P * H) + u[None, :], H, mask, dp, P)
+        if D > 0:
+            debt = owed + (begun + col)[:, None] * H + u[None, :]
+            tl.store(debt, dd[0], mask=(b < tl.minimum(back, n))[:, None] & (u < H)[None, :])
         store_planes(dr, gate, H, mask, dr_now, G)
         if SPLIT:
             store_planes(dgates, gate, H, mask, dx, G)
         through = tl.zeros([BM, RP], ACC) if w_hr is not None else ds[0]
-        for g in tl.static_range(G - Q):
+        for g in tl.static_range(G - Q if RECURRENT else 0):
             factor = without_padding(dr_now[g], u, H, HP).to(w[0].dtype)
             through = tl.dot(factor, w[g], through, input_precision=PRECISION, out_dtype=ACC)
         dh = tl.where(live, through, dh)
         moved = ()
         for k in tl.static_range(1, S):
             if norms is not None:
-                tl.store(slot + k * tl.num_programs(0), squares(full[k], mask))
+                tl.store(slot + k * programs, squares(full[k], mask))
             moved = moved + (tl.where(live, ds[k], others[k - 1]),)
         others = moved
+        if D > 0:
+            tl.debug_barrier()
     store_rows(dstate[0], b, col, v, B, R, dh)
     for k in tl.static_range(1, S):
         store_rows(dstate[k], b, col, u, B, H, others[k - 1])

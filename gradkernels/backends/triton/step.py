@@ -2,7 +2,8 @@
 
 A program has BM rows of the batch and BU units with all their gates, so that what leaves its products is the whole
 pre-activation of its units and the cell runs on the spot; gates never travel through memory. Where a cell has a second
-product or a projection, which need all units of the first, a step is two launches.
+product or a projection, which need all units of the first, a step is two launches. So it is where a cell takes means over the
+units of a row: the products of all gates go to memory, and a program of the second launch has whole rows.
 
 Counted per step, e bytes a value:
     forward   2 B G H R operations; from L2: B/BM times the matrix (G H R e) and H/BU times the state (B R e);
@@ -28,10 +29,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradkernels.backends.triton.blocks import cast, columns, follow, load_planes, squares, step_rows, store_planes
+from gradkernels.backends.triton.blocks import (
+    cast,
+    clamp,
+    columns,
+    delayed,
+    follow,
+    load_parameters,
+    load_planes,
+    squares,
+    step_rows,
+    store_planes,
+)
 from gradkernels.backends.triton.products import add_bias, adjoint_product, gate_products
 
-VARYING = ["i", "T", "B"]  # integers that must not be compiled in
+VARYING = ["i", "T", "B", "origin"]  # integers that must not be compiled in
 
 # ---------------------------------------------------------------- forward
 
@@ -49,18 +61,27 @@ def forward_step(
     bias,  # [G * H] or None
     h,  # [2, B, KH] the state to multiply, read from one half and written to the other
     v,  # [B, KV] what the second launch multiplies; None where there is none
-    early,  # [B, G - Q, H] recurrent pre-activations from the first launch to the second, or None
+    early,  # [B, G - Q, H] recurrent pre-activations from the first launch to the second, in ACC, or None
     state,  # S of [B, H] in ACC; the first is None where it is projected
     seq,  # S of [N, H] or None
     raw,  # [N, H] or None
     acts,  # [N, A, H] or None
-    PART: tl.constexpr,  # whole; or operand, then rest
+    params,  # [P, H] or None
+    seed,  # [1] or None
+    flags,  # [N] or None
+    origin,  # number of the first token
+    PART: tl.constexpr,  # whole; or operand, then rest; of a cell with means product, then cell
     FORWARD: tl.constexpr,
     OPERAND: tl.constexpr,
+    MASKS: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
     Q: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    SKIP: tl.constexpr,
     H: tl.constexpr,
     KH: tl.constexpr,
     KV: tl.constexpr,
@@ -91,23 +112,35 @@ def forward_step(
             s = s + (tl.zeros([BM, BU], ACC),)
         else:
             s = s + (tl.load(state[k] + own, mask=mask, other=0.0),)
+    p = load_parameters(params, u, H, P, ACC)
+    m = ()
+    if M > 0:
+        m = MASKS(seed, flags, origin, token, col, b < n, tl.program_id(0) * BU, tl.zeros([BM, BU], ACC))
+    d = ()
+    if D > 0:
+        back, begun = step_rows(t + SKIP if REVERSE else t - SKIP, T, B, rows, first)
+        d = (delayed(seq[0], b, col, u, tl.minimum(back, n), begun, H, ACC),)
     half = B.to(tl.int64) * KH
     source = h + (i % 2) * half
     if PART == "whole":
         r = gate_products(source, col * KH, w, u, G, H, KH, BM, BU, BK, ACC, PRECISION)
         r = add_bias(r, bias, u, 0, G, H, ACC)
-    elif PART == "operand":
+    elif PART == "operand" or PART == "product":
         r = gate_products(source, col * KH, w, u, G - Q, H, KH, BM, BU, BK, ACC, PRECISION)
         r = add_bias(r, bias, u, 0, G - Q, H, ACC)
         store_planes(early, col[:, None] * ((G - Q) * H) + u[None, :], H, mask, r, G - Q)
-        tl.store(v + col[:, None] * KV + u[None, :], OPERAND(cast(x, G, ACC), r, s).to(v.dtype.element_ty), mask=mask)
+        if PART == "operand":
+            value = OPERAND(cast(x, G, ACC), r, s, p, m, d)
+            tl.store(v + col[:, None] * KV + u[None, :], value.to(v.dtype.element_ty), mask=mask)
+    elif PART == "cell":
+        r = load_planes(early, col[:, None] * (G * H) + u[None, :], H, mask, G)
     else:
         late = gate_products(v, col * KV, w + (G - Q) * H * KV, u, Q, H, KV, BM, BU, BK, ACC, PRECISION)
         r = load_planes(early, col[:, None] * ((G - Q) * H) + u[None, :], H, mask, G - Q)
         r = r + add_bias(late, bias, u, G - Q, Q, H, ACC)
-    if PART != "operand":
+    if PART != "operand" and PART != "product":
         x = cast(x, G, ACC)
-        new, kept = FORWARD(x, r, s)
+        new, kept = FORWARD(x, r, s, p, m, d)
         if PROJECTED:
             tl.store(v + col[:, None] * KV + u[None, :], new[0].to(v.dtype.element_ty), mask=mask)
             if raw is not None:
@@ -199,13 +232,25 @@ def backward_step(
     dproj,  # [N, R] or None
     dstate,  # S of [B, R], [B, H] .. in ACC: adjoints of the states after this step, but for the product
     norms,  # [T, S, programs] float64 or None
-    PART: tl.constexpr,  # whole; or open, then close
+    dparams,  # [N, P * H] or None
+    owed,  # [N, H] in ACC, zero at first: adjoints of d by the token that d is of; or None
+    params,  # [P, H] or None
+    seed,  # [1] or None
+    flags,  # [N] or None
+    origin,  # number of the first token
+    PART: tl.constexpr,  # whole; or open, then close, of which one makes the product and the other runs the cell
     BACKWARD: tl.constexpr,
     SECOND: tl.constexpr,
+    MASKS: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
     Q: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    SKIP: tl.constexpr,
+    CLIP: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     KW: tl.constexpr,
@@ -247,6 +292,9 @@ def backward_step(
         if grads[0] is not None:
             offset = token[:, None] * R + u[None, :]
             dt0 = total + tl.load(grads[0] + offset, mask=live & inside, other=0.0).to(ACC)
+        if D > 0:
+            dt0 += tl.load(owed + token[:, None] * H + u[None, :], mask=live & inside, other=0.0)
+        dt0 = clamp(dt0, CLIP)
         if norms is not None:
             tl.store(norms + t.to(tl.int64) * S * PROGRAMS + slot, squares(dt0, live & inside), mask=n > 0)
         first_state = dstate[0] + col[:, None] * R + u[None, :]
@@ -254,8 +302,10 @@ def backward_step(
         if PROJECTED:
             tl.store(dproj + token[:, None] * R + u[None, :], dt0.to(dproj.dtype.element_ty), mask=live & inside)
             tl.store(first_state, tl.where(live, 0.0, total), mask=kept)
+        elif PART == "open" and Q == 0:
+            tl.store(first_state, tl.where(live, dt0, total), mask=kept)
 
-    if not (PART == "open" and PROJECTED):
+    if not (PART == "open" and Q == 0):
         mask = live & (u < H)[None, :]
         plane = token[:, None] * H + u[None, :]
         own = col[:, None] * H + u[None, :]
@@ -279,8 +329,16 @@ def backward_step(
                 d += tl.load(grads[k] + plane, mask=mask, other=0.0).to(ACC)
             dt = dt + (d,)
         gate = token[:, None] * (G * H) + u[None, :]
+        p = load_parameters(params, u, H, P, ACC)
+        m = ()
+        if M > 0:
+            m = MASKS(seed, flags, origin, token, col, b < n, tl.program_id(0) * BU, dt0)
+        d = ()
+        if D > 0:
+            back, then = step_rows(t + SKIP if REVERSE else t - SKIP, T, B, rows, first)
+            d = (delayed(seq[0], b, col, u, tl.minimum(back, n), then, H, ACC),)
         if PART == "open":
-            v, late = SECOND(a, s, new, dt)
+            v, late = SECOND(a, s, new, p, m, d, dt)
             tl.store(operand + plane, v.to(operand.dtype.element_ty), mask=mask)
             store_planes(dr + (G - Q) * H, gate, H, mask, late, Q)
             tl.store(first_state, tl.where(live, dt0, total), mask=kept)
@@ -290,9 +348,14 @@ def backward_step(
                 dv = adjoint_product(
                     dr, token * (G * H) + (G - Q) * H, late, u, Q * H, Q * H, H, KW, BM, BU, BK, ACC, PRECISION
                 )
-                dx, dr_now, ds, full = BACKWARD(a, s, new, dt, dv)
+                dx, dr_now, ds, dp, dd, full = BACKWARD(a, s, new, p, m, d, dt, dv)
             else:
-                dx, dr_now, ds, full = BACKWARD(a, s, new, dt)
+                dx, dr_now, ds, dp, dd, full = BACKWARD(a, s, new, p, m, d, dt, ())
+            if dparams is not None:
+                store_planes(dparams, token[:, None] * (P * H) + u[None, :], H, mask, dp, P)
+            if D > 0:
+                debt = owed + (then + col)[:, None] * H + u[None, :]
+                tl.store(debt, dd[0], mask=(b < tl.minimum(back, n))[:, None] & (u < H)[None, :])
             if SPLIT:
                 store_planes(dgates, gate, H, mask, dx, G)
             # the gates of the second product are there already, and others read them

@@ -18,6 +18,7 @@ from gradkernels.backends._sequence import Steps
 from gradkernels.backends.triton import cells, resident, step
 from gradkernels.backends.triton.launch import (
     ROWS,
+    UNITS,
     Launch,
     Limits,
     Number,
@@ -27,6 +28,7 @@ from gradkernels.backends.triton.launch import (
     padded,
     resident_options,
     tile,
+    whole_rows,
 )
 from gradkernels.cells import Cell
 
@@ -40,12 +42,17 @@ def aligned(v: Tensor) -> Tensor:
     return v.contiguous() if v.shape[1] % 16 == 0 else F.pad(v, (0, -v.shape[1] % 64))
 
 
-def common(cell: Cell, steps: Steps, number: Number, at: Limits, H: int, R: int) -> dict[str, Any]:
+def common(cell: Cell, steps: Steps, number: Number, at: Limits, H: int, R: int, extra: Extra) -> dict[str, Any]:
     """What all kernels are told, by name."""
+    functions = cells.device(cell, H if cell.means else None)
+    units = padded(H) if cell.recurrent else UNITS
     return {
         **{k: getattr(steps, k) for k in ("T", "B", "rows", "first", "order")}, "REVERSE": steps.reverse,
         "G": cell.G, "S": cell.S, "A": cell.A, "Q": len(cell.second), "SPLIT": bool(cell.split), "H": H, "R": R,
-        "HP": padded(H), "RP": padded(R), "EARLY": at.overlap, **vars(cells.device(cell)), **number.constants,
+        "P": cell.P, "M": cell.M, "D": cell.D, "RECURRENT": cell.recurrent, "SKIP": extra.skip, "CLIP": float(extra.clip),
+        "MASKS": cells.masks(tuple(extra.noise), extra.seed is not None) if cell.M else None,
+        "params": extra.params, "seed": extra.seed, "flags": extra.flags, "origin": extra.first,
+        "HP": units, "RP": padded(R) if cell.recurrent else UNITS, "EARLY": at.overlap, **vars(functions), **number.constants,
     }  # fmt: skip
 
 
@@ -68,12 +75,15 @@ def walk_forward(
 ) -> None:
     """The walk of `_sequence.forward`."""
     at, B, R, H = limits(), steps.B, w_hh.shape[1], w_hh.shape[0] // cell.G
+    if not cell.recurrent:
+        R = H
     number = Number.of(gates.dtype, at)
-    arguments = common(cell, steps, number, at, H, R)
+    arguments = common(cell, steps, number, at, H, R, extra)
     arguments |= {"gates": gates, "bias": b_hh, "seq": tuple(seq), "raw": raw, "acts": acts}
-    if is_resident(cell, H, R, w_hr is not None, number, at):
+    if not cell.recurrent or is_resident(cell, H, R, w_hr is not None, number, at):
         arguments |= {"w_hh": w_hh, "w_hr": w_hr, "state": tuple(state), "final": tuple(final), "BM": ROWS}
-        launch(resident.forward_walk, (triton.cdiv(B, ROWS),), arguments, resident_options(H, number))
+        grid = triton.cdiv(B, ROWS), 1 if cell.recurrent else triton.cdiv(H, UNITS)
+        launch(resident.forward_walk, grid, arguments, resident_options(arguments["HP"], number))
         return
 
     w, projected = aligned(w_hh), w_hr is not None
@@ -87,15 +97,19 @@ def walk_forward(
         final[0].copy_(state[0])
     elif cell.second:
         v = torch.zeros_like(h[0])
+    if cell.second or cell.means:
         early = h.new_empty(B, cell.G - len(cell.second), H, dtype=number.accumulator)
     arguments |= {
         "w": w, "h": h, "v": v, "early": early, "KH": w.shape[1], "KV": 0 if v is None else v.shape[1],
         "state": tuple(wide), "PROJECTED": projected,
     }  # fmt: skip
     own = tile(B, H, w.shape[1], cell.G, number, at)
+    parts = [("operand", own), ("rest", own)] if cell.second else [("whole", own)]
+    if cell.means:
+        parts = [("product", own), ("cell", whole_rows(B, H, number, at))]
     launches = [
-        Launch(step.forward_step, own.grid, arguments | own.constants | {"PART": part}, own.options)
-        for part in (("operand", "rest") if cell.second else ("whole",))
+        Launch(step.forward_step, tiles.grid, arguments | tiles.constants | {"PART": part}, tiles.options)
+        for part, tiles in parts
     ]
     if w_hr is not None:
         own = tile(B, R, w_hr.shape[1], 1, number, at)
@@ -134,21 +148,23 @@ def walk_backward(
     """The walk of `_sequence.backward`."""
     at, (B, R), H, S = limits(), state[0].shape, w_hh.shape[0] // cell.G, cell.S
     number = Number.of(dgates.dtype, at)
-    resides = is_resident(cell, H, R, w_hr is not None, number, at)
-    arguments = common(cell, steps, number, at, H, R) | {
+    resides = not cell.recurrent or is_resident(cell, H, R, w_hr is not None, number, at)
+    owed = dgates.new_zeros(steps.N, H, dtype=number.accumulator) if cell.D else None
+    arguments = common(cell, steps, number, at, H, R, extra) | {
         "grads": tuple(grads[:S]), "seq": tuple(seq), "raw": raw, "acts": acts, "state": tuple(state),
-        "dgates": dgates, "dr": dr, "operand": operand, "dproj": dproj,
+        "dgates": dgates, "dr": dr, "operand": operand, "dproj": dproj, "dparams": dparams, "owed": owed,
     }  # fmt: skip
     late = len(cell.second) * H
     first = tile(B, R, w_hh.shape[0] - late, 1, number, at)
-    second = tile(B, H, late or R, 1, number, at)
-    programs = triton.cdiv(B, ROWS) if resides else max(first.programs, second.programs)
+    second = whole_rows(B, H, number, at) if cell.means else tile(B, H, late or R, 1, number, at)
+    grid = triton.cdiv(B, ROWS), 1 if cell.recurrent else triton.cdiv(H, UNITS)
+    programs = grid[0] * grid[1] if resides else max(first.programs, second.programs)
     # one sum for each program: added up in one order, the same bits in every run
     partial = None if norms is None else norms.new_zeros(steps.T, S, programs)
     arguments |= {"norms": partial, "PROGRAMS": programs}
     if resides:
         arguments |= {"w_hh": w_hh, "w_hr": w_hr, "last": tuple(grads[S:]), "dstate": tuple(dstate), "BM": ROWS}
-        launch(resident.backward_walk, (programs,), arguments, resident_options(H, number))
+        launch(resident.backward_walk, grid, arguments, resident_options(arguments["HP"], number))
     else:
         wide = tuple(
             torch.zeros_like(v, dtype=number.accumulator) if g is None else g.to(number.accumulator, copy=True)
@@ -157,7 +173,7 @@ def walk_backward(
         arguments |= {"dstate": wide, "PROJECTED": w_hr is not None}
         w = aligned(w_hh)
         parts = [("whole", w, first)]
-        if w_hr is not None or cell.second:
+        if w_hr is not None or cell.second or cell.means:
             parts = [("open", w, first), ("close", w if w_hr is None else aligned(w_hr), second)]
         launches = []
         for part, matrix, own in parts:
