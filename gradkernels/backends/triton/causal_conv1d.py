@@ -14,6 +14,7 @@ weights are sums over runs of tokens, and then over the runs, in a fixed order: 
 # mypy: ignore-errors
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,6 +139,12 @@ def _sizes(number: Number) -> list[tuple[int, int]]:
     return [(BM, BN) for BM in SIZES for BN in SIZES if BM * BN <= largest]
 
 
+@functools.lru_cache(256)
+def _tile(N: int, U: int, number: Number, at: Limits) -> tuple[int, int]:
+    """BM and BN that take the fewest clocks."""
+    return min(_sizes(number), key=lambda size: clocks(size, N, U, 1, number, at))
+
+
 def _options(BM: int, BN: int, BK: int, number: Number, at: Limits) -> dict[str, Any]:
     chosen = options(8 if BM * BN > 64 * 64 else 4)
     return chosen | {"num_stages": stages((BM + BN) * BK, number, at)}
@@ -150,13 +157,13 @@ def _apply(source: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, l
     with _on(source.device):
         at = limits()
         number = Number.of(source.dtype, at)
-        BM, BN = min(_sizes(number), key=lambda size: clocks(size, N, U, 1, number, at))
-        BK = number.chunk(I)
+        (BM, BN), BK = _tile(N, U, number, at), number.chunk(I)
+        weight = F.pad(weight, (0, -I % BK)) if I % BK else weight.contiguous()
         arguments = {
-            "source": source.contiguous(), "weight": F.pad(weight, (0, -I % BK)).contiguous(), "to": to,
+            "source": source.contiguous(), "weight": weight, "to": to,
             "bias": bias if bias is None else bias.contiguous(), "N": N, "T": T,
             "FIRST": max(K - 1 - (T - 1) // dilation, 0), "K": K, "dilation": dilation, "U": U, "LATER": later, "I": I,
-            "IP": I + -I % BK, "BM": BM, "BN": BN, "BK": BK, **number.constants,
+            "IP": weight.shape[2], "BM": BM, "BN": BN, "BK": BK, **number.constants,
         }  # fmt: skip
         programs = triton.cdiv(N, BM) * triton.cdiv(U, BN)
         launch(conv_taps, (programs,), arguments, _options(BM, BN, BK, number, at))

@@ -2,7 +2,7 @@
 
 Dims: M rows, N values of a row; BM, BN tile of a program.
 
-A row lies in the registers of one program, up to what `_widest` says; a longer one is walked twice, the second time out of L2.
+A row lies in the registers of one program, up to what WIDEST says; a longer one is walked twice, the second time out of L2.
 The sum is rounded to storage before it is normalised, so that backward, which reads it back, has the very numbers of forward.
 Statistics are in float32 (float64 for float64).
 
@@ -309,12 +309,16 @@ def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str
     return here.why_not(None, dtype, device)
 
 
-def _tile(M: int, N: int, widest: int, threads: int, at: Limits) -> tuple[dict[str, int], dict[str, Any]]:
+def _tile(N: int, widest: int, threads: int, at: Limits) -> tuple[dict[str, int], dict[str, Any]]:
     """BM, BN, and how to launch."""
-    BN = max(16, triton.next_power_of_2(N)) if N <= widest else CHUNK
-    BM = max(1, min(TILE // BN, triton.next_power_of_2(M)))
-    warps = min(max(BM * BN // (VALUES * at.lanes), 1), threads // at.lanes)
-    return {"BM": BM, "BN": BN}, options(warps)
+    # the least power of two that is no less than N; Triton's own function takes a microsecond
+    BN = max(16, 1 << (N - 1).bit_length()) if N <= widest else CHUNK
+    BM = max(TILE // BN, 1)
+    return {"BM": BM, "BN": BN}, options(min(BM * BN // VALUES, threads) // at.lanes)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _arguments(x: Tensor, weight: Tensor | None, seed: Tensor | None, p: float, rms: bool) -> dict[str, Any]:
@@ -349,9 +353,9 @@ def forward(
         given |= {"x": x, "residual": residual if residual is None else residual.contiguous(), "y": y, "s": s}
         given |= {"bias": bias if bias is None else bias.contiguous(), "mean": mean, "rstd": rstd, "eps": eps}
         with _on(x.device):
-            tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][0], FORWARD, limits())
+            tile, chosen = _tile(N, WIDEST[x.dtype.itemsize][0], FORWARD, limits())
             given |= tile | {"WHOLE": N <= tile["BN"]}
-            launch(norm_forward, (triton.cdiv(M, tile["BM"]),), given, chosen)
+            launch(norm_forward, (_ceil(M, tile["BM"]),), given, chosen)
     return y, x.new_empty(0) if s is None else s, mean, rstd
 
 
@@ -377,34 +381,24 @@ def backward(
         return [*(v if v is None else v.zero_() for v in got), None]
     with _on(x.device):
         at = limits()
-        tile, chosen = _tile(M, N, WIDEST[x.dtype.itemsize][1 + any(need[2:4])], BACKWARD, at)
-        parts, resident = (
-            triton.cdiv(N, tile["BN"]),
-            BACKWARD // (chosen["num_warps"] * at.lanes),
-        )  # programs of a multiprocessor
-        run = triton.cdiv(triton.cdiv(M, tile["BM"]), max(at.multiprocessors * resident // parts, 1)) * tile["BM"]
-        runs = triton.cdiv(M, run)
+        tile, chosen = _tile(N, WIDEST[x.dtype.itemsize][1 + any(need[2:4])], BACKWARD, at)
+        parts = _ceil(N, tile["BN"])
+        resident = BACKWARD // (chosen["num_warps"] * at.lanes)  # programs of a multiprocessor
+        run = _ceil(_ceil(M, tile["BM"]), max(at.multiprocessors * resident // parts, 1)) * tile["BM"]
+        runs = _ceil(M, run)
+        # tiles of dy, ds and s of the next rows are on their way, as long as three quarters of shared memory hold them
         bytes = 3 * tile["BM"] * tile["BN"] * x.dtype.itemsize
         given["STAGES"] = min(3, 1 + at.shared * 3 // 4 // resident // bytes)
         sums = [mean.new_empty(runs, N) if wanted else None for wanted in need[2:4]]
-        contiguous = [v if v is None else v.contiguous() for v in (dy, dsum)]
-        given |= {
-            "dy": contiguous[0],
-            "dsum": contiguous[1],
-            "s": s,
-            "mean": mean,
-            "rstd": rstd,
-            "tilts": None,
-            "RUN": run,
-        }
-        given |= {"dx": got[0], "dresidual": got[1], "dweight": sums[0], "dbias": sums[1], **tile}
+        dy, dsum = (v if v is None else v.contiguous() for v in (dy, dsum))
+        given |= {"dy": dy, "dsum": dsum, "s": s, "mean": mean, "rstd": rstd, "tilts": None, "RUN": run, **tile}
+        given |= {"dx": got[0], "dresidual": got[1], "dweight": sums[0], "dbias": sums[1]}
         if parts > 1 and dy is not None:
             given["tilts"] = mean.new_empty(2, M)
             launch(norm_tilts, (M,), given, options(CHUNK // (VALUES * at.lanes)))
         launch(norm_backward, (runs, parts), given, chosen)
         if any(need[2:4]):
-            given |= {"weight_sums": sums[0], "bias_sums": sums[1], "dweight": got[2], "dbias": got[3], "RUNS": runs}
-            BM = 16 if runs <= 16 else 128
-            given |= {"BM": BM, "BN": 2048 // BM}
-            launch(add_runs, (triton.cdiv(N, 2048 // BM),), given, options(4))
+            BM, BN = (16, 128) if runs <= 16 else (128, 16)
+            given |= {"weight_sums": sums[0], "bias_sums": sums[1], "dweight": got[2], "dbias": got[3]}
+            launch(add_runs, (_ceil(N, BN),), given | {"RUNS": runs, "BM": BM, "BN": BN}, options(4))
     return [*got, None]

@@ -17,18 +17,13 @@ from tests.backends.triton.compiled.calls import DTYPES
 ARCHITECTURES = (80, 90, 100)
 SPILLED, SPILLED_LARGE = 64, 144  # bytes of a thread; of 64 registers, in the longest rows
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-LOADED = []
 shift = 1 if triton.__version__ < "3.7" else 0
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
-    """What another test has had compiled is loaded again, by the driver at hand; it lives on, since there is none to unload it."""
-    for module in (residual_norm, causal_conv1d):
-        for kernel in vars(module).values():
-            if isinstance(kernel, triton.JITFunction):
-                LOADED.append(dict(kernel.device_caches))
-                kernel.device_caches.clear()
+def apart(monkeypatch, request):
+    """Every test has GPUs of its own, since Triton keeps by device what it has loaded."""
+    monkeypatch.setattr(offline.Driver, "get_current_device", lambda gpu: f"{gpu.architecture} {request.node.name}")
 
 
 def norm(M, N, number="bf16", p=0.1, residual=True, affine=True, rms=False, eps=1e-5):
@@ -129,6 +124,17 @@ def test_norm_compiles_nothing_twice():
         for M, p, eps in ((301, 0.1, 1e-5), (2000, 0.7, 1e-5), (512, 1.0, 1e-6), (3001, 1e-12, 1.0)):
             norm(M, 512, p=p, eps=eps)
     assert len(driver.kernels) == before == 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sizes_of_one_compile(architecture):
+    """Triton takes an argument of 1 for a constant."""
+    with offline.gpu(architecture) as driver:
+        norm(7, 1, "fp32")
+        norm(1, 3, rms=True)
+        convolution(1, 1, 1, 1, 1, "fp16")
+    check(driver, SPILLED)
+    assert len(driver.kernels) == 9
 
 
 # ---------------------------------------------------------------- causal convolution
