@@ -24,7 +24,7 @@ function colourKey() {
   const canvas = make("canvas", { width: 256, height: 1, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
   const strip = context.createImageData(256, 1);
-  COLOURS.forEach((c, i) => strip.data.set([...c, 255], 4 * i));
+  new Uint32Array(strip.data.buffer).set(COLOURS);
   context.putImageData(strip, 0, 0);
   const [low, high] = [make("span"), make("span")];
   const element = make("div", { class: "colours" }, low, canvas, high, make("span", { class: "nothing" }), make("span", {}, "no gradient, or not measured"));
@@ -98,6 +98,7 @@ function heatmap(find) {
     Object.assign(canvas.style, { left: `${frame.left}px`, top: `${frame.top}px`, width: `${frame.width}px`, height: `${frame.height}px` });
     const context = canvas.getContext("2d");
     const image = context.createImageData(w, h);
+    const pixels = new Uint32Array(image.data.buffer);
     const toStep = linear([0, w], [layer.run.steps[0], layer.run.steps.at(-1) + frame.gap]);
     let [last, row] = [-1, null];
     for (let px = 0; px < w; px += 1) {
@@ -107,8 +108,7 @@ function heatmap(find) {
         const t = Math.floor(((h - 1 - py + 0.5) / h) * T);
         if (row && t >= row.length) continue; // this sequence was shorter
         const value = row ? row[t] : NaN;
-        const striped = (px + py) & 8 ? [128, 128, 128, 90] : [128, 128, 128, 40];
-        image.data.set(Number.isNaN(value) ? striped : [...colour(value, domain), 255], 4 * (py * w + px));
+        pixels[py * w + px] = Number.isNaN(value) ? STRIPES[((px + py) >> 3) & 1] : colour(value, domain);
       }
     }
     context.putImageData(image, 0, 0);

@@ -14,13 +14,21 @@ function generator(seed) {
 }
 
 const gaussian = (random) => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
-const vector = (n, make) => Float64Array.from({ length: n }, make);
-const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+function vector(n, value) {
+  const v = new Float64Array(n);
+  for (let i = 0; i < n; i += 1) v[i] = value(i);
+  return v;
+}
+function dot(a, b) {
+  let sum = 0;
+  for (let i = 0; i < a.length; i += 1) sum += a[i] * b[i];
+  return sum;
+}
 const length2 = (a) => Math.sqrt(dot(a, a));
 /** Rows of weights uniform in +-1/sqrt(width), as torch begins. */
 const uniform = (rows, columns, random) => Array.from({ length: rows }, () => vector(columns, () => (2 * random() - 1) / Math.sqrt(WIDTH)));
-const times = (matrix, v) => vector(matrix.length, (_, i) => dot(matrix[i], v));
-const transposed = (matrix) => Array.from({ length: matrix[0].length }, (_, j) => vector(matrix.length, (_, i) => matrix[i][j]));
+const times = (matrix, v) => vector(matrix.length, (i) => dot(matrix[i], v));
+const transposed = (matrix) => Array.from({ length: matrix[0].length }, (_, j) => vector(matrix.length, (i) => matrix[i][j]));
 
 /** An orthogonal matrix: random rows, each freed of those before it. */
 function orthogonal(n, random) {
@@ -40,7 +48,7 @@ function orthogonal(n, random) {
 /** The largest singular value, by powers of the matrix times its transpose. */
 function spectralNorm(matrix) {
   const back = transposed(matrix);
-  let v = vector(matrix.length, (_, i) => 1 + Math.sin(i));
+  let v = vector(matrix.length, (i) => 1 + Math.sin(i));
   let size = 0;
   for (let i = 0; i < 300; i += 1) {
     v = times(back, times(matrix, v));
@@ -55,7 +63,7 @@ function spectralRadius(matrix) {
   let [power, log, n] = [matrix, 0, 1];
   for (let i = 0; i < 12; i += 1) {
     const columns = transposed(power);
-    const square = power.map((row) => vector(row.length, (_, j) => dot(row, columns[j])));
+    const square = power.map((row) => vector(row.length, (j) => dot(row, columns[j])));
     const size = Math.sqrt(square.reduce((sum, row) => sum + dot(row, row), 0));
     power = square.map((row) => row.map((value) => value / size));
     log = 2 * log + Math.log(size);
@@ -140,7 +148,7 @@ function attentionNorms(inputs, random) {
   const scores = inputs.map((x) => Math.exp(dot(q, times(key, x)) / Math.sqrt(WIDTH)));
   const total = scores.reduce((a, b) => a + b, 0);
   const weights = scores.map((s) => s / total);
-  const context = vector(WIDTH, (_, j) => weights.reduce((sum, w, t) => sum + w * values[t][j], 0));
+  const context = vector(WIDTH, (j) => weights.reduce((sum, w, t) => sum + w * values[t][j], 0));
   const g = vector(WIDTH, () => gaussian(random));
   const throughValue = times(transposed(value), g);
   const throughKey = times(transposed(key), q);

@@ -60,11 +60,14 @@ const STOPS = [
   [18, 10, 64], [30, 40, 115], [36, 80, 145], [33, 118, 150], [38, 154, 140], [92, 188, 111], [173, 213, 72], [250, 232, 80],
 ];
 
-/** 256 colours as [r, g, b]. */
-const COLOURS = Array.from({ length: 256 }, (_, i) => {
+/** A colour as a word of a canvas's pixels, whose bytes are red, green, blue and opacity on every machine that browsers run on. */
+const word = (red, green, blue, opacity = 255) => ((opacity << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+
+/** 256 colours. */
+const COLOURS = Uint32Array.from({ length: 256 }, (_, i) => {
   const place = (i / 255) * (STOPS.length - 1);
   const k = Math.min(STOPS.length - 2, Math.floor(place));
-  return STOPS[k].map((c, j) => Math.round(c + (place - k) * (STOPS[k + 1][j] - c)));
+  return word(...STOPS[k].map((c, j) => Math.round(c + (place - k) * (STOPS[k + 1][j] - c))));
 });
 
 /** The colour of a value in [low, high]; what lies outside has the colour of the nearer end. */
@@ -72,3 +75,5 @@ function colour(value, [low, high]) {
   const share = high > low ? (value - low) / (high - low) : 1;
   return COLOURS[Math.max(0, Math.min(255, Math.round(share * 255)))];
 }
+
+const STRIPES = [word(128, 128, 128, 40), word(128, 128, 128, 90)];
