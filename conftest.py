@@ -1,5 +1,10 @@
-"""Where Triton is not installed there is nothing to collect in its backend: its kernels import it."""
+"""Modules that import what is not installed are not collected: Triton's backend, callbacks of other libraries."""
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["gradkernels/backends/triton/*.py"]
+NEEDS = {
+    "triton": "gradkernels/backends/triton/*.py",
+    "lightning": "gradkernels/flow/lightning.py",
+    "transformers": "gradkernels/flow/huggingface.py",
+}
+collect_ignore_glob = [path for library, path in NEEDS.items() if importlib.util.find_spec(library) is None]

@@ -30,6 +30,7 @@ DETAILED = (
 )
 TOGETHER = 64  # recorded steps are read together
 TOGETHER_RANKS = 16  # and summed over ranks
+SPECTRA = 64  # steps with spectra that are kept
 WAIT = 1.0  # seconds, after which fewer are read
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Monitor]] = weakref.WeakKeyDictionary()
@@ -74,20 +75,22 @@ class Monitor:
         self.thresholds = thresholds or Thresholds()
         self.on_alert, self.raise_on, self.log = on_alert, frozenset(raise_on), list(log)
         self.model, self.group = weakref.ref(model), group or group_of(model)
-        self.name = type(getattr(model, "module", getattr(model, "_orig_mod", model))).__name__
+        self.name = type(unwrapped(model)).__name__
         self.step_count = 0
         self.device = next(model.parameters()).device
         self._points = points(model)
         self.layers: dict[str, Layer] = {
             layer.name: layer for point in self._points if isinstance(point, Sequence) for layer in point.layers
         }
+        if spectra is not None and not self.layers:
+            raise ValueError(f"spectra are those of recurrent layers, and {self.name} has none")
         self._history, self._alerts = History(keep), Alerts()
         self._pending: list[Step] = []
         self._untold: list[tuple[Record, list[Alert]]] = []
         self._short: set[Sequence] = set()
         self._lock = threading.RLock()
         self._clips = [0, 0]  # steps clipped, of how many
-        self._spectra: list[tuple[int, Any]] = []
+        self._spectra: list[list[dict[str, Any]]] = []  # by step
         self._nonfinite: Alert | None = None
         self._silent, self._closed, self._read = 0, False, time.monotonic()
         self._weights = Weights(model)
@@ -248,10 +251,15 @@ class Monitor:
     def _take_spectra(self) -> None:
         from gradkernels.flow.spectrum import spectrum
 
-        for point in self._points:
-            if isinstance(point, Sequence) and (module := point.module()) is not None:
-                with torch.no_grad():
-                    self._spectra += [(self.step_count, s) for s in spectrum(module)]
+        model = self.model()
+        with torch.no_grad():
+            taken = (
+                [] if model is None else [{**s.to_dict(), "step": self.step_count} for s in spectrum(unwrapped(model))]
+            )
+        with self._lock:
+            self._spectra.append(taken)
+            if len(self._spectra) > SPECTRA:
+                del self._spectra[1:-1:2]
 
     def _now(self) -> Record | None:
         """A record of what the step under way has measured so far."""
@@ -261,14 +269,18 @@ class Monitor:
         scale = self.scaler._scale.clone() if self.scaler is not None and self.scaler._scale is not None else None
         return records([Step(self.step_count + 1, self.step_count // self.every, found, scale)])[0][0]
 
+    def kept(self) -> list[Record]:
+        """The records of finished steps, oldest first; may be called from another thread."""
+        with self._lock:
+            if self.group is None:
+                self._drain()
+            return list(self._history)
+
     @property
     def history(self) -> list[Record]:
         """The records there are, oldest first, with one of the step under way if it has measured something already."""
-        if self.group is None:
-            self._drain()
         now = self._now()
-        with self._lock:
-            return [*self._history, *([now] if now else [])]
+        return [*self.kept(), *([now] if now else [])]
 
     @property
     def alerts(self) -> list[Alert]:
@@ -336,6 +348,13 @@ _NOTHING = (
     "nothing has been measured yet: call loss.backward() on what the watched model computed with gradients enabled "
     "(torch.autograd.grad and torch.func leave monitors out; a model compiled before it was watched may have to be compiled again)"
 )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside DDP and torch.compile."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
 
 
 def _release(handles: list[Any], points: list[Any], scaler: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import gradkernels
 from gradkernels.flow.history import Layer, Record, numbers
+from gradkernels.flow.taps import Residual
 
 if TYPE_CHECKING:
     from gradkernels.flow.monitor import Monitor
@@ -19,11 +20,11 @@ DIGITS = 4
 def snapshot(monitor: Monitor) -> dict[str, Any]:
     kept = list(monitor._history)
     for record in kept:
-        record.written = record.written or _written(record)
-    written = [record.written for record in kept]
-    column = lambda name, kind, key: [w[kind][name][key] if name in w[kind] else None for w in written]
+        record.written = record.written or written(record)
+    rows = [record.written for record in kept]
+    column = lambda name, kind, key: [w[kind][name][key] if name in w[kind] else None for w in rows]
     table = lambda kind, keys, names: [{"name": n, **{k: column(n, kind, k) for k in keys}} for n in names]
-    blocks = [p for p in monitor._points if hasattr(p, "kind")]
+    blocks = [p for p in monitor._points if isinstance(p, Residual)]
     broken = monitor._nonfinite
     return {
         "format": FORMAT,
@@ -32,13 +33,13 @@ def snapshot(monitor: Monitor) -> dict[str, Any]:
         "every": monitor.every,
         "step": monitor.step_count,
         "steps": [record.step for record in kept],
-        "layers": [_layer(layer, [w["layers"].get(layer.name) for w in written]) for layer in monitor.layers.values()],
+        "layers": [_layer(layer, [w["layers"].get(layer.name) for w in rows]) for layer in monitor.layers.values()],
         "blocks": [
             {**row, "kind": p.kind}
             for p, row in zip(blocks, table("blocks", ("entrance", "exit", "residual_share"), [p.name for p in blocks]))
         ],
         "parameters": table("parameters", ("norm", "grad", "update_ratio"), monitor._weights.names),
-        "spectra": [{**s.to_dict(), "step": step} for step, s in monitor._spectra],
+        "spectra": [one for taken in monitor._spectra for one in taken],
         "alerts": [alert.to_dict() for alert in monitor._alerts.found],
         "clip_rate": monitor._clips[0] / monitor._clips[1] if monitor._clips[1] else None,
         "nonfinite": broken and {"layer": broken.layer, "step": broken.step, "time_step": broken.time_step},
@@ -61,7 +62,7 @@ def _layer(layer: Layer, flows: list[dict[str, Any] | None]) -> dict[str, Any]:
     }
 
 
-def _written(record: Record) -> dict[str, Any]:
+def written(record: Record) -> dict[str, Any]:
     """A record for JSON; made once."""
     one = lambda v, digits=DIGITS: None if v is None else numbers([v], digits)[0]
     return {

@@ -38,7 +38,7 @@ class Weights:
             if group.get("lr") == 0:
                 continue
             for p in group["params"]:
-                if p.grad is None:
+                if not p.requires_grad:
                     continue
                 new, old = local(p), self.copies.get(id(p))
                 if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):

@@ -1,0 +1,91 @@
+"""What a monitor sees right now, as a table in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradkernels.flow.numbers import Array
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+    from gradkernels.flow.monitor import Monitor
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 24
+
+
+def sparkline(log10: Array, width: int = WIDTH) -> str:
+    """Norms over time as bars, from 8 decades below the largest up to it; a dot is less than that, or nothing.
+
+    >>> sparkline(np.array([-np.inf, -20.0, -7.0, -4.0, 0.0]))
+    '··▂▅█'
+    """
+    if not len(log10):
+        return ""
+    parts = np.array_split(log10, min(width, len(log10)))
+    tops = np.array([np.where(np.isfinite(p), p, -np.inf).max() for p in parts])
+    if not np.isfinite(tops).any():
+        return "·" * len(tops)
+    heights = len(BARS) - 1 + np.where(np.isfinite(tops), tops - tops[np.isfinite(tops)].max(), -np.inf)
+    return "".join("·" if v < -1 else BARS[max(0, round(float(v)))] for v in heights)
+
+
+def table(monitor: Monitor) -> Table:
+    """A `rich` table: of every layer the norms over time, memory horizon, decay, the most saturated gate; then the alerts.
+
+    Raises:
+        ImportError: rich is not installed (``pip install gradkernels[demo]``).
+    """
+    from rich.table import Table
+
+    made = Table(title=f"{monitor.name}, step {monitor.step_count}", title_justify="left", caption_justify="left")
+    made.add_column("layer")
+    made.add_column("log10 ||dL/dh|| over time", no_wrap=True)
+    for name in ("first", "last", "horizon", "decades/step"):
+        made.add_column(name, justify="right")
+    made.add_column("saturated")
+    recent: dict[str, Any] = {}
+    saturation: dict[str, Any] = {}
+    for record in monitor.kept():
+        recent |= record.layers
+        saturation |= {name: flow.saturation for name, flow in record.layers.items() if flow.saturation}
+    for name, layer in monitor.layers.items():
+        flow = recent.get(name)
+        if flow is None:
+            made.add_row(name, "nothing yet")
+            continue
+        log10 = flow.signals[(layer.states or ("x",))[0]]
+        number = lambda v: f"{v:.1f}" if np.isfinite(v) else "-"
+        made.add_row(
+            name if layer.kind == "recurrent" else f"{name} (dL/dx)",
+            sparkline(log10),
+            number(log10[0]),
+            number(log10[-1]),
+            "-" if flow.horizon is None else f"{flow.horizon} of {len(log10) - 1}",
+            "-" if flow.decay is None else f"{flow.decay.rate:.3f}",
+            _worst(saturation.get(name, {})),
+        )
+    said = monitor._alerts.found[-3:]
+    made.caption = "\n".join(alert.message for alert in said) or None
+    return made
+
+
+def _worst(saturation: dict[str, Array]) -> str:
+    if not saturation:
+        return ""
+    gate = max(saturation, key=lambda g: float(saturation[g].mean()))
+    return f"{gate} {saturation[gate].mean():.0%}"
+
+
+def live(monitor: Monitor, **options: Any) -> Live:
+    """The table, kept up to date twice a second while training goes on: ``with gk.flow.live(monitor): train()``.
+
+    Options are those of ``rich.live.Live``. Where the output is no terminal, the last table is printed once at the end.
+    """
+    from rich.live import Live
+
+    return Live(get_renderable=lambda: table(monitor), **{"refresh_per_second": 2, **options})
