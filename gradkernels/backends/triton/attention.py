@@ -20,10 +20,29 @@ from gradkernels.backends import reference, triton
 from gradkernels.backends._sequence import _on
 from gradkernels.backends.reference.philox import limit
 
+NARROW = 1024  # bytes of a row of which tiles fit into every GPU's shared memory
 
-def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
+
+def why_not(dtype: torch.dtype, device: torch.device, *tensors: Any, **_: Any) -> str | None:
     """The reason why this backend cannot run that, or None."""
-    return triton.why_not(None, dtype, device)
+    reason = triton.why_not(None, dtype, device)
+    if reason is None and len(tensors) > 2:
+        q, v = tensors[0], tensors[2]
+        if max(q.shape[-1], v.shape[-1]) * dtype.itemsize > NARROW:
+            with _on(device):
+                reason = _too_wide(q, v)
+    return reason
+
+
+def _too_wide(q: Tensor, v: Tensor) -> str | None:
+    from gradkernels.backends.triton import launch
+    from gradkernels.backends.triton.attention_tiles import choose
+
+    at = launch.limits()
+    number, D, E = launch.Number.of(q.dtype, at), q.shape[-1], v.shape[-1]
+    if all(choose(kernel, number, at, D, E, None, True, False) for kernel in ("forward", "queries", "keys")):
+        return None
+    return f"shared memory of {at.shared} bytes is too little for heads of {max(D, E)} in {q.dtype}"
 
 
 # ---------------------------------------------------------------- what kernels are told
@@ -51,27 +70,33 @@ class _Call:
     def __init__(self, q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, causal, left, right, p, scale) -> None:
         from gradkernels.backends.triton import launch
 
-        self.B, self.Hq, self.Tq, self.D = q.shape
-        self.Hk, self.Tk, self.E = k.shape[1], k.shape[2], v.shape[3]
+        (self.B, self.Hq, self.Tq, self.D), (self.Hk, self.Tk, self.E) = q.shape, v.shape[1:]
         self.heads = dict(zip("qkv", map(_rows, (q, k, v))))
-        self.cu = {"q": cu_q, "k": cu_k}
+        self.cu, self.dropout = {"q": cu_q, "k": cu_k}, seed is not None
         self.at = launch.limits()
         self.number = launch.Number.of(q.dtype, self.at)
-        self.bias, strides = bias, (0, 0, 0, 0)
+        self.bias, strides = None, [0, 0, 0, 0]
         if bias is not None:
-            self.bias = bias = _rows(bias)
-            strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride()))
+            self.bias = _rows(bias)
+            strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, self.bias.stride())]
         self.n = self.B if cu_q is None else cu_q.shape[0] - 1
         far = self.Tq + self.Tk  # beyond everything
         below, kept = limit(p)
         self.told = {
-            "bias": bias, "slopes": _dense(slopes), "cu_q": cu_q, "cu_k": cu_k, "key_mask": _dense(key_mask), "seed": seed,
-            "bias_strides": strides[:3], "slopes_stride": 0 if slopes is None or slopes.shape[0] == 1 else self.Hq,
+            "bias": self.bias, "slopes": _dense(slopes), "cu_q": cu_q, "cu_k": cu_k, "key_mask": _dense(key_mask), "seed": seed,
+            "bias_strides": tuple(strides[:3]), "slopes_stride": 0 if slopes is None or slopes.shape[0] == 1 else self.Hq,
             "n": self.n, "depth": self.n.bit_length(), "Hq": self.Hq, "group": self.Hq // self.Hk, "Tq": self.Tq, "Tk": self.Tk,
             "left": far if left < 0 else min(left, far), "right": 0 if causal else far if right < 0 else min(right, far),
             "scale": scale, "below": below, "kept": kept,
         }  # fmt: skip
         self.shape = {"D": self.D, "E": self.E, "BIAS_STEP": strides[3], **self.number.constants}
+
+    def tile(self, kernel: str) -> Any:
+        from gradkernels.backends.triton.attention_tiles import choose
+
+        Tq = None if self.cu["q"] is not None else self.Tq
+        plain = self.bias is None and _unit(list(self.heads.values())) > 1
+        return choose(kernel, self.number, self.at, self.D, self.E, Tq, self.dropout, plain)
 
     def blocks(self, of: str, size: int) -> int:
         """How many blocks the queries ("q") or keys ("k") of a head are, those of all sequences if they lie one after the other."""
@@ -87,9 +112,8 @@ class _Call:
         unit = _unit(list(heads.values()))
         strides = {f"{name}_strides": tuple(s // unit for s in t.stride()[:3]) for name, t in heads.items()}
         shape = Shape(**self.shape, DP=padded(self.D), EP=padded(self.E), UNIT=unit, BM=tile.BM, BN=tile.BN, WS=tile.WS)
-        run = functools.partial(
-            launch, kernel, (programs,), self.told | heads | strides | more | {"S": shape}, tile.options
-        )  # fmt: skip
+        arguments = self.told | heads | strides | more | {"S": shape}
+        run = functools.partial(launch, kernel, (programs,), arguments, tile.options)
         if tile.WS:
             contextvars.copy_context().run(_with_memory, run, heads["q"])
         else:
@@ -128,14 +152,12 @@ def forward(
     if lse.numel() == 0 or k.shape[2] == 0:
         return out, lse
     from gradkernels.backends.triton.attention_forward import attend
-    from gradkernels.backends.triton.attention_tiles import choose
 
     with _on(q.device):
         call = _Call(q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, **options)
-        tile = choose("forward", call)
+        tile = call.tile("forward")
         blocks = call.blocks("q", tile.BM)
-        programs = blocks * Hq * B
-        call.launch(attend, tile, programs, {"out": out}, lse=lse, blocks=blocks)
+        call.launch(attend, tile, blocks * Hq * B, {"out": out}, lse=lse, blocks=blocks)
     return out, lse
 
 
@@ -166,16 +188,15 @@ def backward(
 def _backward(call, dout, dlse, out, lse, made, need_bias):
     """Fills made, the gradients of q, k and v, and returns that of the bias."""
     from gradkernels.backends.triton.attention_backward import adjoint_keys, adjoint_queries
-    from gradkernels.backends.triton.attention_tiles import choose
 
     (dq, dk, dv), delta = made, torch.empty_like(lse)
-    tile = choose("queries", call)
+    tile = call.tile("queries")
     blocks = call.blocks("q", tile.BM)
     heads = {"out": out, "dout": dout, "dq": dq}
     call.launch(
         adjoint_queries, tile, blocks * call.Hq * call.B, heads, lse=lse, dlse=dlse, delta=delta, blocks=blocks
     )  # fmt: skip
-    tile = choose("keys", call)
+    tile = call.tile("keys")
     blocks = call.blocks("k", tile.BN)
     heads = {"dout": dout, "dk": dk, "dv": dv}
     call.launch(adjoint_keys, tile, blocks * call.Hk * call.B, heads, lse=lse, delta=delta, blocks=blocks)
@@ -189,10 +210,9 @@ def _bias_gradient(call, dout, dlse, lse, delta):
         moved = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -torch.inf, 0)
         return moved.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
     from gradkernels.backends.triton.attention_bias import adjoint_bias
-    from gradkernels.backends.triton.attention_tiles import choose
 
     made = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    tile, (sequences, heads, own, _) = choose("bias", call), bias.shape
+    tile, (sequences, heads, own, _) = call.tile("bias"), bias.shape
     blocks, bias_blocks = -(-call.Tk // tile.BN), 1 if own == 1 else -(-call.Tq // tile.BM)
     call.launch(
         adjoint_bias, tile, blocks * bias_blocks * heads * sequences, {"dout": dout}, lse=lse, delta=delta, dbias=made,
