@@ -14,6 +14,7 @@ from torch import Tensor
 from gradkernels import backends
 from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.cells import CELLS, Cell, transform
+from gradkernels.ops._constant import constant
 from gradkernels.ops._recurrent_checks import (
     check_backward,
     check_batch_sizes,
@@ -61,7 +62,7 @@ def _made(name: str) -> Cell:
     return cell
 
 
-@torch.compiler.assume_constant_result
+@constant
 def composed(name: str, transforms: tuple[str, ...]) -> str:
     """The name of a cell made of another, the innermost transform first."""
     for before in transforms:
@@ -70,7 +71,7 @@ def composed(name: str, transforms: tuple[str, ...]) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant
 def name_of(cell: Cell) -> str:
     """The text by which operators know a cell."""
     if CELLS.get(cell.name) == cell:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradkernels.cells import Cell
+from gradkernels.ops._constant import constant
 
 ROWS = 4
 # sign (|v - centre| - width) > 0 is saturated: beyond that an activation hands on less than a fifth of its largest derivative.
@@ -43,7 +44,7 @@ def _activations(source: str) -> tuple[tuple[str, str, str, int], ...]:
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def activations(cell: Cell) -> tuple[tuple[str, str, str, int], ...]:
     """Name, function, and where it is kept ("t": among new states, "a": among what forward keeps; which) of each.
 
@@ -52,6 +53,10 @@ def activations(cell: Cell) -> tuple[tuple[str, str, str, int], ...]:
     (['i', 'f', 'g', 'o'], (('h', 'relu', 't', 0),))
     """
     return _activations(cell.source)
+
+
+# What torch.compiler.assume_constant_result sets; that imports Dynamo, which takes seconds.
+activations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def widths(cell: Cell) -> tuple[int, int]:
