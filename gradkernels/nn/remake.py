@@ -27,13 +27,19 @@ from torch.autograd.graph import saved_tensors_hooks
 _thread = threading.local()
 
 
+def lowered(device: str) -> torch.dtype | None:
+    """What autocast rounds the factors of products to, if it is on."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None
+
+
 class _Value:
     """A value that can be made again: how, of what, and for how many."""
 
     def __init__(self, make: Callable[..., Tensor], inputs: list[_Saved | None], like: Tensor) -> None:
-        device = like.device.type
         self.make, self.inputs, self.version = make, inputs, like._version
-        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.device, self.low = like.device.type, lowered(like.device.type)
         self.readers = self.waiting = 0
         self.again: Tensor | None = None
 
@@ -41,14 +47,19 @@ class _Value:
         """Made when the first reader asks, dropped when the last one has."""
         made = self.again
         if made is None:
-            device, dtype, enabled = self.autocast
-            with torch.no_grad(), torch.autocast(device, dtype, enabled):
+            with torch.no_grad(), self.autocast():
                 made = self.make(*(v if v is None else v.get() for v in self.inputs))
             self.again, self.waiting = made, self.readers
         self.waiting -= 1
         if self.waiting == 0:
             self.again = None
         return made
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """As it was in forward, whatever it is in backward."""
+        if self.low is None and lowered(self.device) is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.low, self.low is not None)
 
 
 class _Saved:
@@ -159,6 +170,7 @@ def of(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> T
 
 def rounded(x: Tensor) -> Tensor:
     """x as autocast has it in products, which would round it by themselves, and keep that for backward."""
-    device = x.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x if x.dtype in (low, torch.float64) else remade(functools.partial(torch.Tensor.to, dtype=low), x)
+    low = lowered(x.device.type)
+    if low is None or x.dtype in (low, torch.float64):
+        return x
+    return remade(functools.partial(torch.Tensor.to, dtype=low), x)
