@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradkernels.flow.alerts import Alert, Alerts, FlowError, FlowWarning, Thresholds
+from gradkernels.flow.alerts import ADVICE, Alert, Alerts, FlowError, FlowWarning, Thresholds
 from gradkernels.flow.history import History, Layer, Record
 from gradkernels.flow.measure import Step, records
 from gradkernels.flow.ranks import group_of, reduce
@@ -66,6 +66,9 @@ class Monitor:
         for name, value in (("every", every), ("keep", keep), ("spectra", spectra)):
             if value is not None and (not isinstance(value, int) or value < (2 if name == "keep" else 1)):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.raise_on = frozenset(raise_on)
+        if unknown := self.raise_on - ADVICE.keys():
+            raise ValueError(f"unknown kind of alert {sorted(unknown)[0]!r} in raise_on; kinds are {', '.join(ADVICE)}")
         for module in model.modules():
             if (other := _watched.get(module)) is not None and other() is not None:
                 raise RuntimeError(
@@ -73,7 +76,7 @@ class Monitor:
                 )
         self.every, self.scaler, self.clip, self.spectra = every, scaler, clip, spectra
         self.thresholds = thresholds or Thresholds()
-        self.on_alert, self.raise_on, self.log = on_alert, frozenset(raise_on), list(log)
+        self.on_alert, self.log = on_alert, list(log)
         self.model, self.group = weakref.ref(model), group or group_of(model)
         self.name = type(unwrapped(model)).__name__
         self.step_count = 0

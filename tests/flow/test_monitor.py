@@ -1,0 +1,392 @@
+"""What a monitor makes of its measurements, and what it does when it is used wrongly, copied, moved or left alone."""
+
+import copy
+import gc
+import io
+import json
+import math
+import pickle
+import threading
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradkernels as gk
+from gradkernels.flow.history import History, Record
+from gradkernels.flow.numbers import decays, horizons
+from tests import place
+from tests.flow.monitored import Small
+
+
+@pytest.fixture(autouse=True)
+def no_alerts():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gk.flow.FlowWarning)
+        yield
+
+
+def train(model, steps, x=None, optimizer=None, monitor=None):
+    x = torch.randn(6, 2, 3) if x is None else x
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def small(layer=None):
+    return Small(layer or gk.nn.LSTM(3, 4), 4)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("T", (0, 1, 2, 3, 17))
+def test_horizon_and_decay_of_a_straight_line(T):
+    back = -0.5 * np.arange(T, dtype=float)[None]
+    assert horizons(back) == [min(T - 1, 6) if T else None]
+    (decay,) = decays(back)
+    assert (decay is None) == (T < 3)
+    if decay:
+        assert decay.rate == pytest.approx(0.5) and decay.r2 == pytest.approx(1.0)
+        assert decay.factor == pytest.approx(10**-0.5)
+
+
+def test_horizon_of_gradients_that_vanish_and_come_back():
+    inf, nan = math.inf, math.nan
+    rows = np.array([[0, -4, -2.9, -5], [-inf, -inf, 2, -0.9], [nan, 0, 0, 0], [-inf] * 4, [0, -3, -inf, -inf]])
+    assert horizons(rows) == [2, 1, 2, None, 1]
+
+
+def test_decay_does_not_see_what_has_underflown():
+    row = np.array([[0.0, -1, -2, -3, *[-math.inf] * 20]])
+    assert decays(row)[0].rate == pytest.approx(1.0)
+    noisy = decays(np.random.default_rng(0).normal(size=(1, 200)))[0]
+    assert abs(noisy.rate) < 0.01 and noisy.r2 < 0.1
+
+
+def test_history_is_bounded_and_even():
+    history = History(keep=64, values=10**9)
+    for k in range(50_000):
+        history.append(Record(k + 1, k, {}))
+    kept = [record.index for record in history]
+    gaps = np.diff(kept)
+    assert len(kept) <= 64 and kept[0] == 0 and kept[-20:] == list(range(49_980, 50_000))
+    assert gaps.max() <= 4 * 50_000 / 64
+
+
+def test_history_is_bounded_by_numbers_too():
+    flow = gk.flow.history.Flow({"h": np.zeros(1000, np.float32)})
+    history = History(keep=512, values=50_000)
+    for k in range(300):
+        history.append(Record(k + 1, k, {"l": flow}))
+    assert history.size <= 50_000 and history.size == sum(r.size for r in history) and len(history) > 20
+
+
+# ---------------------------------------------------------------- saturation, parameters
+
+
+def test_saturation_is_counted_where_gates_are_at_their_ends():
+    layer = gk.nn.LSTM(3, 4, dtype=torch.double)
+    with torch.no_grad():
+        layer.bias_ih_l0[4:8] += 30  # the forget gate is open
+        layer.bias_ih_l0[8:10] -= 30  # half of the candidate is at -1
+    monitor = gk.flow.watch(layer)
+    layer(0.1 * torch.randn(6, 7, 3, dtype=torch.double))[0].sum().backward()
+    found = monitor.history[-1].layers["LSTM.l0"].saturation
+    assert {name: share.tolist() for name, share in found.items() if name in "fg"} == {"f": [1.0] * 6, "g": [0.5] * 6}
+    assert max(found["i"].max(), found["o"].max()) < 0.5
+
+
+@pytest.mark.parametrize("cell", ("gru", "gru_reset_before", "rnn_tanh", "rnn_relu", "rnn_sigmoid"))
+def test_saturation_equals_a_count_by_hand(cell, backend):
+    layer = gk.nn.Recurrent(cell, 3, 5, backend=backend).to(place.device)
+    with torch.no_grad():
+        layer.weight_ih_l0 *= 8
+    x, lengths = place.randn(7, 6, 3), place.tensor([3, 7, 7, 0, 1, 2])
+    monitor = gk.flow.watch(layer)
+    y = layer(x, lengths=lengths)[0]
+    y.sum().backward()
+    found = monitor.history[-1].layers["Recurrent.l0"].saturation
+    if cell.startswith("gru"):
+        assert found.keys() == {"reset", "z", "n"}
+        assert all(0 < share.mean() < 1 for share in found.values())
+        return
+    rows = lengths.topk(4).indices
+    live = (torch.arange(7, device=x.device)[:, None] < lengths[rows])[:, :, None]
+    ended = {"tanh": y.abs() > 0.9, "relu": y <= 0, "sigmoid": (y - 0.5).abs() > 0.45}[cell.partition("_")[2]]
+    want = (ended[:, rows] & live).sum((1, 2)) / (live.sum((1, 2)) * 5)
+    np.testing.assert_allclose(found["h"], want.cpu(), rtol=1e-6)
+    assert 0 < want.mean() < 1
+
+
+def test_a_cell_without_activations_of_its_own_is_watched_too():
+    @gk.cell
+    def average(x, r, s):
+        return 0.5 * (s[0] + x[0] + 0.1 * r[0])
+
+    layer = gk.nn.Recurrent(average, 3, 4)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(5, 2, 3, requires_grad=True))[0][-1].sum().backward()
+    flow = monitor.history[-1].layers["Recurrent.l0"]
+    assert flow.saturation == {} and flow.signals.keys() == {"h", "x"} and flow.horizon == 4
+
+
+def test_parameters_by_layer():
+    model = small(gk.nn.GRU(3, 4, num_layers=2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gk.flow.watch(model, clip=1e-3)
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, 1, optimizer=optimizer)
+    record = monitor.history[-1]
+    assert list(record.parameters) == ["rnn.l0", "rnn.l1", "head"]
+    for name, group in record.parameters.items():
+        of = "head." if name == "head" else ("_l0" if name == "rnn.l0" else "_l1")
+        mine = [n for n in old if of in n]
+        total = lambda values: torch.stack([v.double().norm() for v in values]).norm().item()
+        new = dict(model.named_parameters())
+        assert group.norm == pytest.approx(total([old[n] for n in mine]), rel=1e-6)
+        assert group.grad == pytest.approx(total([new[n].grad for n in mine]), rel=1e-6)
+        ratio = total([new[n].detach() - old[n] for n in mine]) / group.norm
+        assert group.update_ratio == pytest.approx(ratio, rel=1e-4)
+    every = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
+    assert record.grad_norm == pytest.approx(every) and monitor.snapshot()["clip_rate"] == 1.0
+
+
+def test_details_are_rare():
+    model = small()
+    monitor = gk.flow.watch(model)
+    train(model, 130)
+    detailed = [r.step for r in monitor.history if r.layers["rnn.l0"].saturation]
+    assert detailed == [r.step for r in monitor.history if r.parameters] == [1, 2, 3, 5, 9, 17, 33, 65, 129]
+
+
+# ---------------------------------------------------------------- when and what is recorded
+
+
+def test_every():
+    model = small()
+    monitor = gk.flow.watch(model, every=3)
+    train(model, 8)
+    assert [r.step for r in monitor.history] == [1, 4, 7] and monitor.step_count == 8
+    assert model.rnn.probes is None or monitor.step_count % 3 == 0
+
+
+def test_a_step_under_way_is_shown_and_not_kept():
+    model = small()
+    monitor = gk.flow.watch(model)
+    model(torch.randn(6, 2, 3)).sum().backward()
+    first = monitor.log10_norms()
+    assert first.shape == (6,) and torch.equal(first, monitor.log10_norms("rnn.l0", 0)) and monitor.step_count == 0
+    assert not torch.equal(first, monitor.log10_norms(state=1))
+    assert monitor.snapshot()["steps"] == [] and len(monitor.history) == 1
+    monitor.close()
+    assert torch.equal(first, monitor.log10_norms()) and monitor.snapshot()["steps"] == [1]
+
+
+def test_autograd_grad_and_torch_func_leave_it_alone():
+    model = small()
+    monitor = gk.flow.watch(model)
+    x = torch.randn(6, 2, 3)
+    torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    values = {k: v.detach() for k, v in model.named_parameters()}
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(values)
+    with torch.no_grad():
+        model(x)
+    assert monitor.history == []
+
+
+@pytest.mark.parametrize("layer", (gk.nn.LSTM, nn.LSTM), ids=("ours", "torch"))
+def test_results_and_gradients_are_the_same(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(3, 4))
+    block = gk.nn.ResidualBlock(nn.Linear(4, 4), 4, dropout=0.0)
+    x, found = torch.randn(6, 2, 3), []
+    for watched in (False, True):
+        model.zero_grad(), block.zero_grad()
+        whole = nn.ModuleList([model, block])
+        monitor = gk.flow.watch(whole) if watched else None
+        y = block(model(x)[0])
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in whole.parameters())])
+        assert monitor is None or monitor.close() is None
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_converted_and_closed_models_keep_nothing():
+    model = small()
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    with gk.flow.watch(model):
+        train(model, 2)
+        assert hooks() == 1
+    assert hooks() == 0 and model.rnn.probes is None
+    train(model, 1)
+    with gk.flow.watch(model) as again:
+        train(model, 1)
+    assert again.step_count == 1
+
+
+def test_copies_and_pickles_are_not_watched():
+    model = nn.Sequential(gk.nn.LSTM(3, 4), gk.nn.ResidualBlock(nn.Linear(4, 4), 4), nn.LSTM(3, 4))
+    x = torch.randn(6, 2, 3)
+    with gk.flow.watch(model) as monitor:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+            assert other[0].probes is None
+            other[1](other[0](x)[0]).sum().backward()
+            other[2](x)[0].sum().backward()
+            assert torch.equal(other[0](x)[0], model[0](x)[0])
+        assert monitor.history == []
+
+
+def test_model_and_monitor_are_freed():
+    model = small()
+    monitor = gk.flow.watch(model)
+    train(model, 2)
+    model_gone, monitor_gone = weakref.ref(model), weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert monitor_gone() is None and model.rnn.probes is None
+    gk.flow.watch(model).close()
+    del model
+    gc.collect()
+    assert model_gone() is None
+
+
+def test_optimizers_of_other_models_do_not_count():
+    model, other = small(), small()
+    monitor = gk.flow.watch(model)
+    train(other, 2)
+    train(model, 1)
+    assert monitor.step_count == 1
+
+
+def test_a_long_run_keeps_memory_bounded():
+    """50,000 recorded steps, as the hot path takes them."""
+    model = gk.nn.GRU(1, 1)
+    monitor = gk.flow.watch(model, keep=50)
+    model(torch.randn(4, 1, 1))[0].sum().backward()  # leaves are as long as the sequence from here on
+    for _ in range(50_000):
+        model.probes[0].grad = torch.ones(model.probes[0].shape, dtype=torch.double)
+        monitor.step()
+    assert len(monitor.history) <= 50 and monitor.step_count == 50_000 and len(monitor._pending) <= 64
+    assert len(monitor._untold) == 0 and len(monitor._alerts.found) <= 1000
+
+
+def test_snapshots_from_another_thread_while_training():
+    model = small()
+    monitor = gk.flow.watch(model)
+    found, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            found.append(json.dumps(monitor.snapshot(), allow_nan=False))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    train(model, 200)
+    stop.set()
+    thread.join()
+    final = monitor.snapshot()
+    assert final["step"] == 200 and final["steps"] == list(range(1, 201)) and len(found) > 1
+    assert all(json.loads(text)["steps"] == list(range(1, len(json.loads(text)["steps"]) + 1)) for text in found)
+
+
+def test_snapshot_in_full():
+    model = nn.ModuleDict(
+        {
+            "ours": gk.nn.LSTM(3, 4, bidirectional=True),
+            "plain": nn.GRU(8, 4),
+            "block": gk.nn.ResidualBlock(nn.Linear(4, 4), 4),
+        }
+    )
+    monitor = gk.flow.watch(model, spectra=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model["block"](model["plain"](model["ours"](torch.randn(6, 2, 3))[0])[0])[-1].sum().backward()
+        optimizer.step()
+    got = json.loads(json.dumps(monitor.snapshot(), allow_nan=False))
+    assert (got["format"], got["model"], got["every"], got["step"], got["steps"]) == (1, "ModuleDict", 1, 3, [1, 2, 3])
+    layers = {layer["name"]: layer for layer in got["layers"]}
+    assert list(layers) == ["ours.l0", "ours.l0_reverse", "plain"]
+    assert [layer["kind"] for layer in got["layers"]] == ["recurrent", "recurrent", "input"]
+    assert layers["ours.l0_reverse"]["direction"] == "reverse" and layers["ours.l0"]["cell"] == "lstm"
+    assert layers["ours.l0"]["signals"].keys() == {"h", "c", "x"} and layers["plain"]["signals"].keys() == {"x"}
+    log10 = monitor.history[1].layers["ours.l0"].signals["c"]
+    np.testing.assert_allclose(layers["ours.l0"]["signals"]["c"][1], log10, atol=1e-4)
+    assert layers["ours.l0"]["signals"]["x"] == [None] * 3  # the input wants no gradient
+    assert len(layers["ours.l0"]["saturation"]["f"][0]) == 6 and len(layers["plain"]["horizon"]) == 3
+    (block,) = got["blocks"]
+    assert block["kind"] == "residual" and len(block["entrance"]) == len(block["residual_share"]) == 3
+    assert [p["name"] for p in got["parameters"]] == [
+        "ours.l0",
+        "ours.l0_reverse",
+        "plain.l0",
+        "block",
+        "block.sublayer",
+    ]
+    assert {s["step"] for s in got["spectra"]} == {1, 3} and len(got["spectra"]) == 2 * (4 + 4 + 3)
+    assert got["clip_rate"] is None and got["nonfinite"] is None
+
+
+# ---------------------------------------------------------------- wrong use
+
+
+def test_watching_twice():
+    model = small()
+    monitor = gk.flow.watch(model)
+    for part in (model, model.rnn, nn.Sequential(model)):
+        with pytest.raises(RuntimeError, match="is watched already; close the other monitor first"):
+            gk.flow.watch(part)
+    monitor.close()
+    monitor.close()
+    gk.flow.watch(model).close()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: gk.flow.watch(nn.ReLU()), ValueError, "ReLU has no parameters"),
+        (lambda: gk.flow.watch(torch.zeros(3)), TypeError, "must be a torch.nn.Module, got Tensor"),
+        (lambda: gk.flow.watch(small(), every=0), ValueError, "every must be a positive integer, got 0"),
+        (lambda: gk.flow.watch(small(), keep=1), ValueError, "keep must be"),
+        (lambda: gk.flow.watch(small(), raise_on=("vanished",)), ValueError, "unknown kind of alert 'vanished'"),
+        (lambda: gk.flow.watch(nn.Linear(2, 2), spectra=1), ValueError, "Linear has none"),
+        (
+            lambda: gk.flow.watch(small()).log10_norms(),
+            RuntimeError,
+            "nothing has been measured yet: call loss.backward",
+        ),
+        (lambda: gk.flow.watch(small()).horizon("rnn.l7"), KeyError, "no layer 'rnn.l7' is watched; there are rnn.l0"),
+    ],
+    ids=("no-parameters", "no-module", "every", "keep", "raise_on", "spectra", "no-backward", "no-layer"),
+)
+def test_wrong_use(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_backward_never_called_is_said_once():
+    model = small()
+    monitor = gk.flow.watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(gk.flow.FlowWarning, match="nothing has been measured") as said:
+        for _ in range(10):
+            optimizer.step()
+    assert len(said) == 1 and monitor.snapshot()["step"] == 10
+
+
+def test_wrong_input_is_refused_by_the_layer_as_ever():
+    model = nn.Sequential(nn.LSTM(3, 4))
+    with gk.flow.watch(model):
+        with pytest.raises(ValueError, match="Expected input to be 2D or 3D"):
+            model(torch.randn(1, 2, 3, 3))
+        with pytest.raises(RuntimeError, match="input.size"):
+            model(torch.randn(5, 2, 7))
