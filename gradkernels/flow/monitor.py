@@ -68,7 +68,7 @@ class Monitor:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.raise_on = frozenset(raise_on)
         if unknown := self.raise_on - ADVICE.keys():
-            raise ValueError(f"unknown kind of alert {sorted(unknown)[0]!r} in raise_on; kinds are {', '.join(ADVICE)}")
+            raise ValueError(f"unknown kind of alert {min(unknown)!r} in raise_on; kinds are {', '.join(ADVICE)}")
         for module in model.modules():
             if (other := _watched.get(module)) is not None and other() is not None:
                 raise RuntimeError(

@@ -377,9 +377,11 @@ def test_backward_never_called_is_said_once():
     model = small()
     monitor = gk.flow.watch(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(gk.flow.FlowWarning, match="nothing has been measured") as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         for _ in range(10):
             optimizer.step()
+    assert "nothing has been measured" in str(said[0].message)
     assert len(said) == 1 and monitor.snapshot()["step"] == 10
 
 
