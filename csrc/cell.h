@@ -58,7 +58,7 @@ template <class Cell> struct Functions {
 #define GK_FUNCTION(Name, name)                                                                                        \
   struct Name {                                                                                                        \
     using Rounds = typename Cell::name##_rounds;                                                                       \
-    template <class... A> GK_ALWAYS_INLINE static inline void call(A &&...a) { Cell::name(a...); }                            \
+    template <class... A> GK_ALWAYS_INLINE static inline void call(A &&...a) { Cell::name(a...); }                     \
   };
   GK_FUNCTION(Forward, forward)
   GK_FUNCTION(Backward, backward)

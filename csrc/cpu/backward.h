@@ -14,10 +14,11 @@ template <class Cell, class T, class P> class Backward {
   using V = Vec<F>;
   using Step = typename Functions<Cell>::Backward;
   using Early = typename SecondProduct<Cell>::Adjoint;
-  using InRounds = Means<Cell, T, Step, Early>;
+  using First = std::conditional_t<(Cell::Q > 0), Early, Step>;
+  using InRounds = Rounds<Cell, T, Step, Early>;
   static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
   static constexpr bool split = !Cell::shared, recurrent = Cell::recurrent;
-  static constexpr bool again = Q > 0 || Cell::means; // a unit is looked at more than once in a step
+  static constexpr bool again = Q > 0 || Cell::means; // what reaches the output is needed after it was made
   static constexpr int64_t chunk = 512;               // tokens whose gate gradients are kept in cache
 
   // Steps [lo, hi) of the walk.
@@ -32,13 +33,13 @@ template <class Cell, class T, class P> class Backward {
   Arena &arena = Arena::of_this_thread();
   Team team;
   Packed<P> w_ih, w_first, w_second, w_hr;
-  F *carry;    // [S, B, width] adjoints on their way to the step before, each thread its own
-  V *adjoints; // [B, NV, S] of the states of the step, where a unit is looked at again
-  F *second;   // [B, width] adjoints of the operand of a second product, likewise
-  F *owed;     // [skip, B, width] adjoints of delayed states, until the walk is at their step
-  typename InRounds::Board board;
-  std::vector<InRounds> means;       // of each thread that walks
-  std::vector<Masks<Cell, T>> masks; // of each thread that walks
+  F *carry;                          // [S, B, width] adjoints on their way to the step before, each thread its own
+  F *reached;                        // [B, width] what reaches the output in this step, where it is needed again
+  F *second;                         // [B, width] adjoints of the operand of a second product, likewise
+  F *owed;                           // [skip, B, width] adjoints of delayed states, until the walk is at their step
+  std::vector<Share> shares;         // of each thread that walks
+  std::vector<InRounds> rounds;      // of each thread that walks, where there are means
+  std::vector<Masks<Cell, T>> masks; // of each thread that walks, where there are masks
   std::vector<Chunk> chunks;
   std::vector<int64_t> place, token; // [T] where a step lies in the rings; [2 * room] the token of a place
   int64_t room = 1;
@@ -107,9 +108,12 @@ template <class Cell, class T, class P> class Backward {
     Extras<Cell, V> extra;
     auto after() const { return std::tuple_cat(std::tie(a, s, t), extra.groups(), std::tie(dt)); }
   };
-  // What the cell's derivative sees of a row and a vector of units, dt left to the caller.
-  void gather(const Part &p, int64_t i, int64_t b, int64_t v, Unit &u) const {
+  // What the cell's derivative sees of a row and a vector of units; dh: what reaches the output.
+  GK_ALWAYS_INLINE void gather(const Part &p, int64_t i, int64_t b, int64_t v, V dh, Unit &u) const {
+    u.dt[0] = dh;
+    for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, b, v)) + given(j, i, b, v, q.H);
     const int64_t token = q.token(i, b), unit = v * L, m = q.H - unit;
+#pragma GCC unroll 32
     for (int k = 0; k < A; k++) u.a[k] = load(at(q.acts) + (token * A + k) * q.H + unit, m);
     for (int k = 0; k < S; k++) {
       if (k == 0 && q.w_hr) {
@@ -121,7 +125,7 @@ template <class Cell, class T, class P> class Backward {
     }
     gather_extras<Cell, T>(q, Cell::M ? &masks[p.id] : nullptr, q.seq[0], i, b, v, u.extra);
   }
-  V *adjoints_of(int64_t b, int64_t v) const { return adjoints + (b * NV + v) * S; }
+  F *reached_at(int64_t b, int64_t v) const { return reached + b * width + v * L; }
   F *owed_at(int64_t i, int64_t b, int64_t v) const { return owed + (i % q.skip * q.B + b) * width + v * L; }
   V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
     return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
@@ -133,38 +137,40 @@ template <class Cell, class T, class P> class Backward {
   }
   // A round of the early adjoint of the last gates or of the step itself; dv: adjoint of the operand.
   template <class Function, int k>
-  GK_ALWAYS_INLINE void run(const Part &p, int64_t i, int64_t b, int64_t v, const Unit &u, const V &dv, Norm<F> *norm) {
-    const auto given = [&] {
+  GK_ALWAYS_INLINE void run(int64_t i, int64_t b, int64_t v, const Unit &u, const V &dv, V *kept, const V *mean, V *out,
+                            Norm<F> *norm) const {
+    const auto known = [&] {
       if constexpr (Q > 0 && std::is_same_v<Function, Step>)
         return std::tuple_cat(u.after(), std::tie(dv));
       else
         return u.after();
     }();
-    means[p.id].template round<Function, k>(b, v, [&](V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
-      if constexpr (k < Function::Rounds::count)
-        evaluate<Cell, Function>(Round<k>{}, given, kept, mean, out);
-      else if constexpr (std::is_same_v<Function, Early>) {
-        V operand, dr[Q];
-        evaluate<Cell, Function>(Round<k>{}, given, kept, mean, operand, dr);
-        const int64_t unit = v * L, m = q.H - unit;
-        for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
-        put(&ring_v, q.v, i, b, unit, operand, m, q.H);
-      } else
-        finish(i, b, v, given, kept, mean, norm);
-    });
+    if constexpr (k < Function::Rounds::count)
+      evaluate<Cell, Function>(Round<k>{}, known, kept, mean, out);
+    else if constexpr (std::is_same_v<Function, Early>) {
+      V operand, dr[Q];
+      evaluate<Cell, Function>(Round<k>{}, known, kept, mean, operand, dr);
+      const int64_t unit = v * L, m = q.H - unit;
+      for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
+      put(&ring_v, q.v, i, b, unit, operand, m, q.H);
+    } else
+      finish(i, b, v, known, kept, mean, norm);
   }
-  // The rounds after the first, of the rows that take part in the step.
-  template <class Function> void others(const Part &p, int64_t i, int64_t last, Norm<F> *norm) {
-    means[p.id].template others<Function>(p.b0, last, [&](auto round, int64_t b, int64_t v) {
-      Unit u;
-      for (int j = 0; j < S; j++) u.dt[j] = adjoints_of(b, v)[j];
-      gather(p, i, b, v, u);
-      const V dv = Q ? V::load(second_at(b, v)) : V(0);
-      run<Function, number(round)>(p, i, b, v, u, dv, norm);
-    });
+  // All of it, for the rows that this thread has to itself; others have made the products.
+  template <class Function> void whole_rows(const Part &p, int64_t i, int64_t last, Norm<F> *norm) const {
+    const Share &own = shares[p.id];
+    p.meet();
+    for (int64_t b = own.b0; b < last; b += own.stride)
+      rounds[p.id].template row<Function>([&](auto round, int64_t v, V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
+        Unit u;
+        gather(p, i, b, v, V::load(reached_at(b, v)), u);
+        const V dv = Q ? V::load(second_at(b, v)) : V(0);
+        run<Function, number(round)>(i, b, v, u, dv, kept, mean, out, norm);
+      });
   }
   template <class Given>
-  void finish(int64_t i, int64_t b, int64_t v, const Given &given, V *kept, const V *mean, Norm<F> *norm) const {
+  GK_ALWAYS_INLINE void finish(int64_t i, int64_t b, int64_t v, const Given &given, V *kept, const V *mean,
+                               Norm<F> *norm) const {
     const int64_t unit = v * L, m = q.H - unit;
     V dx[G], dr[G], ds[S], total[S];
     ExtraAdjoints<Cell, V> extra;
@@ -212,14 +218,14 @@ template <class Cell, class T, class P> class Backward {
       for (int64_t k = 0; k < hi - lo; k++)
         for (int64_t v = p.r0; v < p.r1; v++) each(k, v, nullptr);
   }
-  // All that reaches the output of a unit is known: its other adjoints, and the first round.
+  // All that reaches the output of a unit is known.
   void begin(const Part &p, int64_t i, int64_t b, int64_t v, V dh, Norm<F> *norm) {
-    Unit u;
-    u.dt[0] = dh;
-    for (int j = 1; j < S; j++) u.dt[j] = V::load(carry_at(j, b, v)) + given(j, i, b, v, q.H);
-    for (int j = 0; again && j < S; j++) adjoints_of(b, v)[j] = u.dt[j];
-    gather(p, i, b, v, u);
-    run<std::conditional_t<(Q > 0), Early, Step>, 0>(p, i, b, v, u, V(0), norm);
+    if (again) dh.store(reached_at(b, v));
+    if constexpr (!Cell::means) {
+      Unit u;
+      gather(p, i, b, v, dh, u);
+      run<First, 0>(i, b, v, u, V(0), nullptr, nullptr, nullptr, norm);
+    }
   }
 
   void step(const Part &p, int64_t i) {
@@ -230,30 +236,32 @@ template <class Cell, class T, class P> class Backward {
     rows_of_step(p, i, both, now, false, true, wanted);
     rows_of_step(p, i, both, after, true, false, wanted);
     const int64_t last = p.within(now), n = last - p.b0;
-    if constexpr (Q > 0) {
-      others<Early>(p, i, last, wanted);
-      p.meet();
-      product<1>(
-          n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
-          [&](int64_t k, int64_t v, const F *acc) {
-            const int64_t b = p.b0 + k;
-            Unit u;
-            for (int j = 0; j < S; j++) u.dt[j] = adjoints_of(b, v)[j];
-            gather(p, i, b, v, u);
-            const V dv = V::load(acc);
-            if (Cell::means) dv.store(second_at(b, v));
-            run<Step, 0>(p, i, b, v, u, dv, wanted);
-          });
-    } else if (q.w_hr) {
+    if (q.w_hr) {
       p.meet();
       product<1>(
           n, p.v0, p.v1, w_hr.matrix, [&](int64_t k) { return ring_h.row(place[i] + p.b0 + k); }, depth,
           [&](int64_t k, int64_t v, const F *acc) { begin(p, i, p.b0 + k, v, V::load(acc), wanted); });
     }
-    others<Step>(p, i, last, wanted);
+    if constexpr (Cell::means) whole_rows<First>(p, i, last, wanted);
+    if constexpr (Q > 0) {
+      p.meet();
+      product<1>(
+          n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
+          [&](int64_t k, int64_t v, const F *acc) {
+            const int64_t b = p.b0 + k;
+            if constexpr (Cell::means)
+              V::load(acc).store(second_at(b, v));
+            else {
+              Unit u;
+              gather(p, i, b, v, V::load(reached_at(b, v)), u);
+              run<Step, 0>(i, b, v, u, V::load(acc), nullptr, nullptr, nullptr, wanted);
+            }
+          });
+      if constexpr (Cell::means) whole_rows<Step>(p, i, last, wanted);
+    }
     if (wanted)
       for (int k = 0; k < S; k++) norms[(p.id * q.T + q.time(i)) * S + k] = norm[k].sum();
-    if (recurrent) p.meet();
+    if (recurrent || Cell::means) p.meet();
   }
 
   // ---- a chunk
@@ -337,14 +345,13 @@ public:
     if (Q) w_second = take_panels<P>(arena, q.R, 1, K - K1);
     if (q.w_hr) w_hr = take_panels<P>(arena, q.H, 1, q.R);
     carry = arena.zeros<F>(S * q.B * width);
-    adjoints = again ? arena.take<V>(q.B * NV * S) : nullptr;
+    reached = again ? arena.take<F>(q.B * width) : nullptr;
     second = Q && Cell::means ? arena.take<F>(q.B * width) : nullptr;
     owed = Cell::D && q.skip < q.T ? arena.take<F>(q.skip * q.B * width) : nullptr;
-    board = typename InRounds::Board(arena, q.B, NV, team.grid.units);
     for (int id = 0; team.walks(id); id++) {
-      const Part p = team.part(id, NV, RV);
-      means.emplace_back(board, q, p);
-      if (Cell::M) masks.emplace_back(q, p, arena);
+      shares.push_back(Share::of<Cell>(team.part(id, NV, RV), team.grid.units, NV));
+      if (Cell::means) rounds.emplace_back(arena, q.H);
+      if (Cell::M) masks.emplace_back(q, shares[id], arena);
     }
     ring_x = Ring<P>::take(arena, 2 * room, K);
     ring_r = split ? Ring<P>::take(arena, 2 * room, K) : ring_x;

@@ -12,12 +12,13 @@ template <class Cell, class T, class P> class Forward {
   using V = Vec<F>;
   using Step = typename Functions<Cell>::Forward;
   using Operand = typename SecondProduct<Cell>::Operand;
-  using InRounds = Means<Cell, T, Step, Operand>;
+  using First = std::conditional_t<(Cell::Q > 0), Operand, Step>;
+  using InRounds = Rounds<Cell, T, Step, Operand>;
   static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, L = lanes<T>, depth = Dot<P>::depth;
   static constexpr int64_t chunk = 64; // tokens projected at a time
   static constexpr int64_t few = 4;    // tokens for which weights are not worth packing
   static constexpr bool recurrent = Cell::recurrent;
-  static constexpr bool again = Q > 0 || Cell::means; // a unit is looked at more than once in a step
+  static constexpr bool again = recurrent && (Q > 0 || Cell::means); // products are needed after they were made
 
   const ForwardArgs &q;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R);
@@ -27,13 +28,15 @@ template <class Cell, class T, class P> class Forward {
   Team team;
   const bool packs = q.T * q.B > few;
   Packed<P> w_ih, w_first, w_second, w_hr;
-  F *state;    // [S, B, width], each thread its own
-  P *h[2];     // [B, h_stride] what enters a step, what leaves it
-  P *between;  // [B, h_stride] the operand of a second product, or the output before projection
-  V *products; // [B, NV, G] of the step, where a unit is looked at again
-  typename InRounds::Board board;
-  std::vector<InRounds> means;       // of each thread
-  std::vector<Masks<Cell, T>> masks; // of each thread
+  F *state;                          // [S, B, width], each thread its own
+  P *h[2];                           // [B, h_stride] what enters a step, what leaves it
+  P *between;                        // [B, h_stride] the operand of a second product, or the output before projection
+  V *products;                       // [B, NV, G] of the step, where a unit is looked at again
+  std::vector<Part> parts;           // of each thread
+  std::vector<Share> shares;         // of each thread
+  std::vector<InRounds> rounds;      // of each thread, where there are means
+  std::vector<Masks<Cell, T>> masks; // of each thread, where there are masks
+  std::vector<int> slice_of;         // [NV] who of a group has projected the input of a vector of units
 
   // What a thread has projected: steps of the span one after the other, rows within each.
   struct Projected {
@@ -131,11 +134,13 @@ template <class Cell, class T, class P> class Forward {
     auto entering() const { return std::tuple_cat(std::tie(x, r, s), extra.groups()); }
   };
   // What the cell sees of a row and a vector of units, recurrent products left to the caller.
-  void gather(const Part &p, int64_t i, int64_t b, int64_t v, Unit &u) const {
-    const Projected &own = projected[p.id];
-    const int64_t n = b - p.b0, unit = v * L;
+  GK_ALWAYS_INLINE void gather(const Part &p, int64_t i, int64_t b, int64_t v, Unit &u) const {
+    const Part &owner = Cell::means ? parts[p.id - p.slice + slice_of[v]] : p;
+    const Projected &x = projected[owner.id];
+    const int64_t n = projected[p.id].at + b - p.b0, unit = v * L;
+#pragma GCC unroll 16
     for (int g = 0; g < G; g++)
-      u.x[g] = q.w_ih ? V::load(own.gates + (((own.at + n) * own.vectors + v - p.v0) * G + g) * L)
+      u.x[g] = q.w_ih ? V::load(x.gates + ((n * x.vectors + v - owner.v0) * G + g) * L)
                       : load(at(q.x) + (q.token(i, b) * G + g) * q.H + unit, q.H - unit);
     for (int k = 0; k < S; k++) u.s[k] = k == 0 && q.w_hr ? V(0) : V::load(state_at(k, b, v));
     gather_extras<Cell, T>(q, Cell::M ? &masks[p.id] : nullptr, q.seq[0], i, b, v, u.extra);
@@ -143,29 +148,32 @@ template <class Cell, class T, class P> class Forward {
   V *products_of(int64_t b, int64_t v) const { return products + (b * NV + v) * G; }
 
   // A round of the operand or of the step itself.
-  template <class Function, int k> GK_ALWAYS_INLINE void run(const Part &p, int64_t i, int64_t b, int64_t v, const Unit &u) {
-    means[p.id].template round<Function, k>(b, v, [&](V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
-      if constexpr (k < Function::Rounds::count)
-        evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, out);
-      else if constexpr (std::is_same_v<Function, Operand>) {
-        V operand;
-        evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, operand);
-        store(between + b * h_stride + v * L, operand, q.H - v * L);
-      } else
-        finish(i, b, v, u, kept, mean);
-    });
+  template <class Function, int k>
+  GK_ALWAYS_INLINE void run(int64_t i, int64_t b, int64_t v, const Unit &u, V *kept, const V *mean, V *out) const {
+    if constexpr (k < Function::Rounds::count)
+      evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, out);
+    else if constexpr (std::is_same_v<Function, Operand>) {
+      V operand;
+      evaluate<Cell, Function>(Round<k>{}, u.entering(), kept, mean, operand);
+      store(between + b * h_stride + v * L, operand, q.H - v * L);
+    } else
+      finish(i, b, v, u, kept, mean);
   }
-  // The rounds after the first, of the rows that take part in the step.
-  template <class Function> void others(const Part &p, int64_t i, int64_t last) {
-    means[p.id].template others<Function>(p.b0, last, [&](auto round, int64_t b, int64_t v) {
-      Unit u;
-      gather(p, i, b, v, u);
-      for (int g = 0; g < G; g++) u.r[g] = recurrent ? products_of(b, v)[g] : V(0);
-      run<Function, number(round)>(p, i, b, v, u);
-    });
+  // All of it, for the rows that this thread has to itself; others have made the products.
+  template <class Function> void whole_rows(const Part &p, int64_t i, int64_t last) const {
+    const Share &own = shares[p.id];
+    p.meet();
+    for (int64_t b = own.b0; b < last; b += own.stride)
+      rounds[p.id].template row<Function>([&](auto round, int64_t v, V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
+        Unit u;
+        gather(p, i, b, v, u);
+#pragma GCC unroll 16
+        for (int g = 0; g < G; g++) u.r[g] = recurrent ? products_of(b, v)[g] : V(0);
+        run<Function, number(round)>(i, b, v, u, kept, mean, out);
+      });
   }
 
-  void finish(int64_t i, int64_t b, int64_t v, const Unit &u, V *kept, const V *mean) const {
+  GK_ALWAYS_INLINE void finish(int64_t i, int64_t b, int64_t v, const Unit &u, V *kept, const V *mean) const {
     const int64_t unit = v * L, token = q.token(i, b), m = q.H - unit;
     V t[S], values[A ? A : 1], *const a = values;
     evaluate<Cell, Step>(Round<Step::Rounds::count>{}, u.entering(), kept, mean, t, a);
@@ -193,39 +201,43 @@ template <class Cell, class T, class P> class Forward {
     if constexpr (Cell::M > 0) masks[p.id].draw(i);
     const auto first = [&](int64_t k, int64_t v, const F *acc) {
       const int64_t b = p.b0 + k;
+      if (again)
+        for (int g = 0; g < G - Q; g++) products_of(b, v)[g] = V::load(acc + g * L);
+      if (Cell::means) return;
       Unit u;
       gather(p, i, b, v, u);
       for (int g = 0; g < G; g++) u.r[g] = g < G - Q && acc ? V::load(acc + g * L) : V(0);
-      for (int g = 0; again && recurrent && g < G - Q; g++) products_of(b, v)[g] = u.r[g];
-      run<std::conditional_t<(Q > 0), Operand, Step>, 0>(p, i, b, v, u);
+      if constexpr (!Cell::means) run<First, 0>(i, b, v, u, nullptr, nullptr, nullptr);
     };
     if constexpr (recurrent)
       multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]), first);
-    else
+    else if (!Cell::means)
       for (int64_t k = 0; k < n; k++)
         for (int64_t v = p.v0; v < p.v1; v++) first(k, v, nullptr);
+    if constexpr (Cell::means) whole_rows<First>(p, i, last);
     if constexpr (Q > 0) {
-      others<Operand>(p, i, last);
       p.meet();
       multiply<Q>(n, p.v0, p.v1, w_second, at(q.w_hh) + (G - Q) * q.H * q.R, q.H, q.R, row_of(between),
                   [&](int64_t k, int64_t v, const F *acc) {
                     const int64_t b = p.b0 + k;
-                    V *const kept = products_of(b, v);
-                    for (int g = 0; g < Q; g++) kept[G - Q + g] = V::load(acc + g * L);
-                    Unit u;
-                    gather(p, i, b, v, u);
-                    for (int g = 0; g < G; g++) u.r[g] = kept[g];
-                    run<Step, 0>(p, i, b, v, u);
+                    V *const made = products_of(b, v);
+                    for (int g = 0; g < Q; g++) made[G - Q + g] = V::load(acc + g * L);
+                    if constexpr (!Cell::means) {
+                      Unit u;
+                      gather(p, i, b, v, u);
+                      for (int g = 0; g < G; g++) u.r[g] = made[g];
+                      run<Step, 0>(i, b, v, u, nullptr, nullptr, nullptr);
+                    }
                   });
+      if constexpr (Cell::means) whole_rows<Step>(p, i, last);
     }
-    others<Step>(p, i, last);
     if (q.w_hr) {
       p.meet();
       multiply<1>(n, p.r0, p.r1, w_hr, at(q.w_hr), q.R, q.H, row_of(between),
                   [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
     }
     projected[p.id].at += n;
-    if (recurrent) p.meet();
+    if (recurrent || Cell::means) p.meet();
   }
 
   static Team make_team(const ForwardArgs &q) {
@@ -258,16 +270,19 @@ public:
     state = arena.zeros<F>(S * q.B * width);
     for (P *&to : h) to = recurrent ? arena.zeros<P>(q.B * h_stride) : nullptr;
     between = Q || q.w_hr ? arena.zeros<P>(q.B * h_stride) : nullptr;
-    products = again && recurrent ? arena.take<V>(q.B * NV * G) : nullptr;
-    board = typename InRounds::Board(arena, q.B, NV, team.grid.units);
+    products = again ? arena.take<V>(q.B * NV * G) : nullptr;
     for (int id = 0; id < team.size; id++) {
-      const Part p = team.part(id, NV, RV);
-      means.emplace_back(board, q, p);
-      if (Cell::M) masks.emplace_back(q, p, arena);
+      parts.push_back(team.part(id, NV, RV));
+      shares.push_back(Share::of<Cell>(parts[id], team.grid.units, NV));
+      if (Cell::means) rounds.emplace_back(arena, q.H);
+      if (Cell::M) masks.emplace_back(q, shares[id], arena);
     }
+    slice_of.resize(NV);
+    for (int id = 0; id < team.grid.units; id++)
+      for (int64_t v = parts[id].v0; v < parts[id].v1; v++) slice_of[v] = id;
     projected.resize(team.size);
     for (int id = 0; q.w_ih && id < team.size; id++) {
-      const Part p = team.part(id, NV, RV);
+      const Part &p = parts[id];
       const int64_t n = std::max(chunk, p.b1 - p.b0);
       projected[id].gates = arena.take<F>(n * (p.v1 - p.v0) * G * L);
       projected[id].rows.resize(n);
@@ -277,7 +292,7 @@ public:
 
   void run() {
     run_team(team.size, [&](int id) {
-      const Part p = team.part(id, NV, RV);
+      const Part &p = parts[id];
       pack(id);
       enter(p);
       if constexpr (Cell::M > 0) masks[id].once();

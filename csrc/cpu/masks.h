@@ -1,11 +1,11 @@
 // The masks of a cell, made where they are used: whoever knows the seed knows them, so backward makes them again.
 #pragma once
 #include "../philox.h"
-#include "recurrent.h"
+#include "means.h"
 
 namespace gk {
 
-// Of the rectangle of one thread. Step for step it makes what is drawn for each token; a mask that is the same in all
+// Of the share of one thread. Step for step it makes what is drawn for each token; a mask that is the same in all
 // steps of a row is made once.
 template <class Cell, class T> class Masks {
   using F = Real<T>;
@@ -13,10 +13,10 @@ template <class Cell, class T> class Masks {
   static constexpr int M = Cell::M, L = lanes<T>;
 
   const Sequence &q;
-  const Part p;
-  const int64_t from = p.v0 * L / 4 * 4; // Philox has four columns to a block
-  const int64_t width = (p.v1 * L - from + Philox::columns - 1) / Philox::columns * Philox::columns;
-  const int64_t rows = p.b1 - p.b0;
+  const Share own;
+  const int64_t from = own.v0 * L / 4 * 4; // Philox has four columns to a block
+  const int64_t width = (own.v1 * L - from + Philox::columns - 1) / Philox::columns * Philox::columns;
+  const int64_t rows = own.rows();
   F *const values; // [M, rows, width]
 
   bool drawn(int k, Noise::Source source) const { return q.seed && q.noise[k].source == source; }
@@ -24,7 +24,7 @@ template <class Cell, class T> class Masks {
     const Philox philox{uint64_t(*q.seed)};
     const uint32_t below = dropped_below(q.noise[k].p);
     const F high = F(q.noise[k].high);
-    F *const to = values + (k * rows + b - p.b0) * width;
+    F *const to = values + (k * rows + own.place(b)) * width;
     alignas(64) uint32_t words[Philox::columns];
     for (int64_t c = 0; c < width; c += Philox::columns) {
       philox.draw((uint64_t(k) << 32) + place, uint64_t(from + c), words);
@@ -33,32 +33,33 @@ template <class Cell, class T> class Masks {
   }
 
 public:
-  Masks(const Sequence &q, const Part &p, Arena &arena)
-      : q(q), p(p), values(arena.take<F>(q.seed ? M * rows * width : 0)) {}
+  Masks(const Sequence &q, const Share &own, Arena &arena)
+      : q(q), own(own), values(arena.take<F>(q.seed ? M * rows * width : 0)) {}
 
   void once() {
     for (int k = 0; k < M; k++)
-      for (int64_t b = p.b0; b < p.b1 && drawn(k, Noise::fixed); b++) fill(k, b, uint64_t(q.column(b)));
+      for (int64_t b = own.b0; b < own.b1 && drawn(k, Noise::fixed); b += own.stride) fill(k, b, uint64_t(q.column(b)));
   }
   void draw(int64_t i) {
-    const int64_t last = p.within(q.rows_at(i));
+    const int64_t last = std::min(own.b1, q.rows_at(i));
     for (int k = 0; k < M; k++)
-      for (int64_t b = p.b0; b < last && drawn(k, Noise::token); b++)
+      for (int64_t b = own.b0; b < last && drawn(k, Noise::token); b += own.stride)
         fill(k, b, uint64_t(q.first_number + q.token(i, b)));
   }
   V at(int k, int64_t i, int64_t b, int64_t v) const {
     const Noise &noise = q.noise[k];
     if (noise.source == Noise::given) return V(load(static_cast<const T *>(q.flags) + q.token(i, b), 1).v[0]);
-    return q.seed ? V::load(values + (k * rows + b - p.b0) * width + v * L - from) : V((1 - noise.p) * noise.high);
+    return q.seed ? V::load(values + (k * rows + own.place(b)) * width + v * L - from) : V((1 - noise.p) * noise.high);
   }
 };
 
 // Parameters, masks and the delayed value of step i, of what a cell has.
 template <class Cell, class T>
-inline void gather_extras(const Sequence &q, const Masks<Cell, T> *masks, const void *outputs, int64_t i, int64_t b,
-                          int64_t v, Extras<Cell, Vec<Real<T>>> &to) {
+GK_ALWAYS_INLINE inline void gather_extras(const Sequence &q, const Masks<Cell, T> *masks, const void *outputs,
+                                           int64_t i, int64_t b, int64_t v, Extras<Cell, Vec<Real<T>>> &to) {
   constexpr int L = lanes<T>;
   const int64_t unit = v * L, n = q.H - unit;
+#pragma GCC unroll 32
   for (int k = 0; k < Cell::P; k++) to.p[k] = load(static_cast<const T *>(q.params) + k * q.H + unit, n);
   for (int k = 0; k < Cell::M; k++) to.m[k] = masks->at(k, i, b, v);
   if constexpr (Cell::D > 0)

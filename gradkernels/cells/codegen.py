@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import json
 import re
 import sys
@@ -240,7 +241,7 @@ class _Numbers(ast.NodeTransformer):
 
 
 def _expression(node: ast.expr) -> str:
-    return ast.unparse(_Numbers().visit(node))
+    return ast.unparse(_Numbers().visit(copy.deepcopy(node)))  # several rounds may have this statement
 
 
 def _function(

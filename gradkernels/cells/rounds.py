@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 
+from .hasten import Rows, hasten, is_mean, leaves, targets
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -19,7 +21,8 @@ class Cut:
 
 
 def cut(function: ast.FunctionDef) -> Cut:
-    """Every value is computed once, in the first round that needs it; means that do not wait for each other share a round.
+    """Means that do not wait for each other share a round. A value is computed in the first round that needs it and kept for the
+    others, unless it is a few operations on what is at hand: means are the same for a whole row, arguments are read anyway.
 
     >>> f = ast.parse('''
     ... def forward(x, r, s):
@@ -27,7 +30,7 @@ def cut(function: ast.FunctionDef) -> Cut:
     ...     u1 = mean(u)
     ...     v = u - u1
     ...     u2 = mean(v * v)
-    ...     return (v / u2 * u,), ()
+    ...     return (v / sqrt(u2) * u,), ()
     ... ''').body[0]
     >>> parts = cut(f)
     >>> parts.means, parts.kept
@@ -36,24 +39,23 @@ def cut(function: ast.FunctionDef) -> Cut:
     ...     print("; ".join(ast.unparse(statement) for statement in body))
     u = exp(x[0]); out[0] = u; kept[0] = u
     u = kept[0]; u1 = mean[0]; v = u - u1; out[0] = v * v; kept[1] = v
-    u = kept[0]; v = kept[1]; u2 = mean[1]; return ((v / u2 * u,), ())
+    u = kept[0]; v = kept[1]; u2 = mean[1]; return ((v / sqrt(u2) * u,), ())
     """
     *statements, result = function.body
-    made = {name: statement for statement in statements for name in _targets(statement)}
-    operands = {name: s.value.args[0] for name, s in made.items() if _is_mean(s)}  # type: ignore[attr-defined]
-    depth: dict[str, int] = {}  # the round in which a variable can be computed
-
-    def ready(node: ast.AST) -> int:
-        return max((depth[n] for n in _names(node) if n in depth), default=0)
-
-    for name, statement in made.items():
-        depth[name] = ready(operands[name]) + 1 if name in operands else ready(statement)
+    made = {name: s for s in hasten(statements) for name in targets(s)}
+    operands = {name: s.value.args[0] for name, s in made.items() if is_mean(s)}  # type: ignore[attr-defined]
+    known = Rows()
+    for s in made.values():
+        known.note(s)
+    depth = known.depth
     rounds = max((depth[name] for name in operands), default=0)
     means = [[name for name in operands if depth[name] == k + 1] for k in range(rounds)]
     place = {name: k for k, name in enumerate(name for group in means for name in group)}
 
     # A condition is no number, and what a group of arguments holds is there in every round: neither is kept.
     again = {name for name, s in made.items() if isinstance(s.value, (ast.Compare, ast.Name, ast.Tuple))}
+    again |= known.of_row - operands.keys()
+    again |= _cheap(made, again | operands.keys())
     bodies: list[list[ast.stmt]] = []
     fresh: list[list[str]] = []  # what each round computes
     loads: list[list[str]] = []
@@ -76,33 +78,47 @@ def cut(function: ast.FunctionDef) -> Cut:
     return Cut(bodies, [len(group) for group in means], len(kept))
 
 
-def _targets(statement: ast.stmt) -> list[str]:
-    assert isinstance(statement, ast.Assign)
-    (target,) = statement.targets
-    return [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+FEW = 2  # operations that are cheaper than a store and a load
 
 
-def _is_mean(statement: ast.stmt) -> bool:
-    call = getattr(statement, "value", None)
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "mean"
+def _cheap(made: dict[str, ast.Assign], at_hand: set[str]) -> set[str]:
+    """The variables that are a few operations on what is at hand."""
+    price = dict.fromkeys(at_hand, 0)
+    for name, statement in made.items():
+        mine = [n for n in leaves(statement.value) if n in made]
+        operations = _operations(statement.value)
+        if name not in price and operations is not None and all(n in price for n in mine):
+            total = operations + sum(price[n] for n in mine)
+            if total <= FEW:
+                price[name] = total
+    return set(price) - at_hand
 
 
-def _names(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+def _operations(node: ast.expr) -> int | None:
+    """How many additions and products this is; None where it is anything else too."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult(), right=right):
+            parts = _operations(left), _operations(right)
+            return None if None in parts else 1 + sum(n for n in parts if n is not None)
+        case ast.UnaryOp(operand=operand):
+            return _operations(operand)
+        case ast.Name() | ast.Subscript() | ast.Constant():
+            return 0
+    return None
 
 
 def _closure(
-    roots: list[ast.AST], made: dict[str, ast.stmt], operands: dict[str, ast.expr], stop: set[str]
+    roots: list[ast.AST], made: dict[str, ast.Assign], operands: dict[str, ast.expr], stop: set[str]
 ) -> set[str]:
     """The variables that these need; nobody looks behind a mean or what an earlier round has computed."""
     needed: set[str] = set()
     todo = list(roots)
     while todo:
-        for name in _names(todo.pop()):
+        for name in leaves(todo.pop()):
             if name in made and name not in needed:
                 needed.add(name)
                 if name not in operands and name not in stop:
-                    todo.append(made[name].value)  # type: ignore[attr-defined]
+                    todo.append(made[name].value)
     return needed
 
 
