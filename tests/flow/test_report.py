@@ -93,7 +93,7 @@ def test_report_has_what_a_monitor_saw(tmp_path):
     model = torch.nn.Sequential(gk.nn.LSTM(3, 5, num_layers=2, bidirectional=True), gk.nn.LayerNorm(10))
     model = torch.nn.ModuleList(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with gk.flow.watch(model, spectra=2) as monitor:
+    with gk.flow.watch(model, spectra=2, on_alert=lambda alert: None) as monitor:
         for _ in range(3):
             model[1](model[0](torch.randn(7, 2, 3))[0]).square().sum().backward()
             optimizer.step()

@@ -28,7 +28,11 @@ function axes(width, height, x, y, margin = MARGIN) {
   const middle = (margin.top + bottom) / 2;
   group.append(
     draw("text", { x: (margin.left + right) / 2, y: height - 6, "text-anchor": "middle", class: "title" }, x.label),
-    draw("text", { transform: `translate(13 ${middle}) rotate(-90)`, "text-anchor": "middle", class: "title" }, y.label),
+    draw(
+      "text",
+      { transform: `translate(13 ${middle}) rotate(-90)`, "text-anchor": "middle", class: "title" },
+      y.label,
+    ),
   );
   return { group, toX, toY, left: margin.left, right, top: margin.top, bottom };
 }
@@ -82,16 +86,35 @@ function lineFigure(title, describe, height = 260) {
       return;
     }
     const points = drawn.flatMap((s) => s.points);
-    const domains = { x: x.domain || extent(points.map((p) => p[0])), y: y.domain || roomy(extent(points.map((p) => p[1])), y.decades ? 0.5 : 1e-9) };
+    const domains = {
+      x: x.domain || extent(points.map((p) => p[0])),
+      y: y.domain || roomy(extent(points.map((p) => p[1])), y.decades ? 0.5 : 1e-9),
+    };
     if (domains.x[0] === domains.x[1]) domains.x = [domains.x[0] - 1, domains.x[1] + 1];
     const frame = axes(width, height, { ...x, domain: domains.x }, { ...y, domain: domains.y });
     const svg = draw("svg", { width, height, role: "img", "aria-label": label || title }, frame.group);
     const clip = `clip-${(lineFigure.count = (lineFigure.count || 0) + 1)}`;
     svg.append(
-      draw("clipPath", { id: clip }, draw("rect", { x: frame.left, y: frame.top, width: frame.right - frame.left, height: frame.bottom - frame.top })),
+      draw(
+        "clipPath",
+        { id: clip },
+        draw("rect", {
+          x: frame.left,
+          y: frame.top,
+          width: frame.right - frame.left,
+          height: frame.bottom - frame.top,
+        }),
+      ),
     );
     drawn.forEach((s, i) => {
-      if (s.band) svg.append(draw("path", { d: ribbon(s.band, frame.toX, frame.toY), class: `band hue${(s.hue ?? i) % 8}`, "clip-path": `url(#${clip})` }));
+      if (s.band)
+        svg.append(
+          draw("path", {
+            d: ribbon(s.band, frame.toX, frame.toY),
+            class: `band hue${(s.hue ?? i) % 8}`,
+            "clip-path": `url(#${clip})`,
+          }),
+        );
       const line = draw("path", {
         d: path(s.points, frame.toX, frame.toY),
         class: `line hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}`,
@@ -102,15 +125,28 @@ function lineFigure(title, describe, height = 260) {
       // A value between two that are missing is a line of no length.
       s.points.forEach(([px, py], k) => {
         const alone = isNumber(py) && !isNumber(s.points[k - 1]?.[1]) && !isNumber(s.points[k + 1]?.[1]);
-        if (alone) svg.append(draw("circle", { cx: frame.toX(px), cy: frame.toY(py), r: 2.5, class: `dot hue${(s.hue ?? i) % 8}` }));
+        if (alone)
+          svg.append(
+            draw("circle", { cx: frame.toX(px), cy: frame.toY(py), r: 2.5, class: `dot hue${(s.hue ?? i) % 8}` }),
+          );
       });
     });
     if (isNumber(cursor)) {
-      svg.append(draw("line", { x1: frame.toX(cursor), x2: frame.toX(cursor), y1: frame.top, y2: frame.bottom, class: "cursor" }));
+      svg.append(
+        draw("line", {
+          x1: frame.toX(cursor),
+          x2: frame.toX(cursor),
+          y1: frame.top,
+          y2: frame.bottom,
+          class: "cursor",
+        }),
+      );
     }
     plot.replaceChildren(svg);
     legend.replaceChildren(
-      ...drawn.map((s, i) => make("li", {}, make("span", { class: `key hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}` }), s.name)),
+      ...drawn.map((s, i) =>
+        make("li", {}, make("span", { class: `key hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}` }), s.name),
+      ),
     );
   };
   onWidth(plot, paint);

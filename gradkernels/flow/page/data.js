@@ -33,10 +33,16 @@ function adopt(runs) {
       layer.label = labelOf(layer);
       const same = old && old.layers.find((other) => other.label === layer.label);
       layer.rows = {};
-      for (const [kind, prefix] of [["signals", ""], ["saturation", "gate "]]) {
+      for (const [kind, prefix] of [
+        ["signals", ""],
+        ["saturation", "gate "],
+      ]) {
         for (const [name, rows] of Object.entries(layer[kind])) {
           const earlier = same && same.rows[prefix + name];
-          layer.rows[prefix + name] = [...had.map((step) => (earlier ? earlier[places.get(step)] : null)), ...rows.map(unpack)];
+          layer.rows[prefix + name] = [
+            ...had.map((step) => (earlier ? earlier[places.get(step)] : null)),
+            ...rows.map(unpack),
+          ];
         }
         delete layer[kind];
       }
@@ -61,7 +67,9 @@ function adoptSpectra(run, old) {
     record.singular_values = [...unpack(record.singular_values)];
   }
   const sent = new Set(run.spectra.map((record) => record.step));
-  const kept = (old?.spectra || []).filter((record) => !sent.has(record.step) && run.spectrum_steps.includes(record.step));
+  const kept = (old?.spectra || []).filter(
+    (record) => !sent.has(record.step) && run.spectrum_steps.includes(record.step),
+  );
   run.spectra = [...kept, ...run.spectra];
   return run.spectrum_steps.every((step) => run.spectra.some((record) => record.step === step));
 }
@@ -100,7 +108,9 @@ const stepsBack = (layer, t, length) => (layer.direction === "reverse" ? t : len
 
 /** The time step at which the gradient comes in: the last that the recurrence ran, or that the loss reaches; -1 if there is none. */
 function entry(layer, row) {
-  return layer.direction === "reverse" ? row.findIndex((value) => !Number.isNaN(value)) : row.findLastIndex((value) => !Number.isNaN(value));
+  return layer.direction === "reverse"
+    ? row.findIndex((value) => !Number.isNaN(value))
+    : row.findLastIndex((value) => !Number.isNaN(value));
 }
 
 /** What a row is relative to: its value where the gradient comes in, if that is wanted. */

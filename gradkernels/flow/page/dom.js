@@ -34,8 +34,20 @@ function table(caption, [head, ...rows]) {
       "table",
       {},
       make("caption", {}, caption),
-      make("thead", {}, make("tr", {}, head.map((cell) => make("th", { scope: "col" }, cell)))),
-      make("tbody", {}, rows.map((row) => make("tr", {}, cells(row)))),
+      make(
+        "thead",
+        {},
+        make(
+          "tr",
+          {},
+          head.map((cell) => make("th", { scope: "col" }, cell)),
+        ),
+      ),
+      make(
+        "tbody",
+        {},
+        rows.map((row) => make("tr", {}, cells(row))),
+      ),
     ),
   );
 }
@@ -47,20 +59,25 @@ function choice(label, choices, value, onchange) {
   return make("label", { class: "control" }, make("span", {}, label), select);
 }
 
-/** A labelled slider, whose value is shown as `format` has it. */
+/** A labelled slider, whose value is shown as `format` has it; `fit(max, value)` changes where it ends and stands. */
 function slider(label, { min, max, step, value, format = String }, onchange) {
-  const shown = make("output", {}, format(value));
+  const shown = make("output");
   const input = make("input", { type: "range", min, max, step, value, "aria-label": label });
   const say = () => {
     shown.textContent = format(+input.value);
-    input.setAttribute("aria-valuetext", format(+input.value));
+    input.setAttribute("aria-valuetext", shown.textContent);
   };
   input.addEventListener("input", () => {
     say();
     onchange(+input.value);
   });
   say();
-  return make("label", { class: "control wide" }, make("span", {}, label), input, shown);
+  const element = make("label", { class: "control wide" }, make("span", {}, label), input, shown);
+  element.fit = (most, now) => {
+    Object.assign(input, { max: most, value: now, disabled: most <= +input.min });
+    say();
+  };
+  return element;
 }
 
 const painted = new Set(); // [element, its width, what paints it]
@@ -87,7 +104,10 @@ function fitAll() {
   }
 }
 
-for (const [event, printed] of [["beforeprint", true], ["afterprint", false]]) {
+for (const [event, printed] of [
+  ["beforeprint", true],
+  ["afterprint", false],
+]) {
   window.addEventListener(event, () => {
     document.documentElement.classList.toggle("printed", printed);
     fitAll();

@@ -27,7 +27,15 @@ function colourKey() {
   new Uint32Array(strip.data.buffer).set(COLOURS);
   context.putImageData(strip, 0, 0);
   const [low, high] = [make("span"), make("span")];
-  const element = make("div", { class: "colours" }, low, canvas, high, make("span", { class: "nothing" }), make("span", {}, "no gradient, or not measured"));
+  const element = make(
+    "div",
+    { class: "colours" },
+    low,
+    canvas,
+    high,
+    make("span", { class: "nothing" }),
+    make("span", {}, "no gradient, or not measured"),
+  );
   const update = (domain) => {
     const share = isShare(state.signal);
     low.textContent = share ? "0 %" : `≤ ${powerOfTen(domain[0])}`;
@@ -40,7 +48,12 @@ function colourKey() {
 function heatmap(find) {
   const canvas = make("canvas", { "aria-hidden": "true" });
   const overlay = draw("svg", { "aria-hidden": "true" });
-  const plot = make("div", { class: "plot map", tabindex: 0, role: "application", "aria-roledescription": "heatmap" }, canvas, overlay);
+  const plot = make(
+    "div",
+    { class: "plot map", tabindex: 0, role: "application", "aria-roledescription": "heatmap" },
+    canvas,
+    overlay,
+  );
   const readout = make("output", { class: "readout", "aria-live": "polite" });
   const note = make("span", { class: "note" });
   const heading = make("span");
@@ -54,10 +67,18 @@ function heatmap(find) {
     const layer = find();
     const signal = signalOf(layer);
     heading.textContent = `${layer.full} `;
-    note.textContent = [layer.cell, signal === "x" && state.signal !== "x" ? "torch's own layer: gradient of its input" : null].filter(Boolean).join(", ");
+    note.textContent = [
+      layer.cell,
+      signal === "x" && state.signal !== "x" ? "torch's own layer: gradient of its input" : null,
+    ]
+      .filter(Boolean)
+      .join(", ");
     element.dataset.layer = layer.full;
     element.dataset.signal = signal ?? "";
-    plot.setAttribute("aria-label", `${signal ? signalName(signal) : "nothing"} of ${layer.full} by training step and time step; arrow keys move the cursor`);
+    plot.setAttribute(
+      "aria-label",
+      `${signal ? signalName(signal) : "nothing"} of ${layer.full} by training step and time step; arrow keys move the cursor`,
+    );
     const width = Math.floor(plot.clientWidth);
     if (!width) return;
     const steps = layer.run.steps;
@@ -66,7 +87,10 @@ function heatmap(find) {
       canvas.width = canvas.height = 0;
       overlay.replaceChildren();
       overlay.setAttribute("height", 0);
-      readout.textContent = signal === null ? `${signalName(state.signal)} is not measured for this layer.` : "Nothing has been measured yet.";
+      readout.textContent =
+        signal === null
+          ? `${signalName(state.signal)} is not measured for this layer.`
+          : "Nothing has been measured yet.";
       return;
     }
     const T = length(layer, signal);
@@ -95,7 +119,12 @@ function heatmap(find) {
     const ratio = Math.min(2, window.devicePixelRatio || 1);
     const [w, h] = [Math.round(frame.width * ratio), Math.round(frame.height * ratio)];
     [canvas.width, canvas.height] = [w, h];
-    Object.assign(canvas.style, { left: `${frame.left}px`, top: `${frame.top}px`, width: `${frame.width}px`, height: `${frame.height}px` });
+    Object.assign(canvas.style, {
+      left: `${frame.left}px`,
+      top: `${frame.top}px`,
+      width: `${frame.width}px`,
+      height: `${frame.height}px`,
+    });
     const context = canvas.getContext("2d");
     const image = context.createImageData(w, h);
     const pixels = new Uint32Array(image.data.buffer);
@@ -121,7 +150,8 @@ function heatmap(find) {
     const points = [];
     layer.horizon.forEach((k, i) => {
       const row = layer.rows.h[i];
-      const t = row && isNumber(k) ? (layer.direction === "reverse" ? entry(layer, row) + k + 1 : entry(layer, row) - k) : null;
+      const t =
+        row && isNumber(k) ? (layer.direction === "reverse" ? entry(layer, row) + k + 1 : entry(layer, row) - k) : null;
       const step = layer.run.steps[i];
       points.push([step, t], [layer.run.steps[i + 1] ?? step + frame.gap, t]);
     });
@@ -137,11 +167,21 @@ function heatmap(find) {
     if (i >= 0) {
       const x = frame.toX(layer.run.steps[i]);
       const next = frame.toX(layer.run.steps[i + 1] ?? layer.run.steps[i] + frame.gap);
-      frame.marks.append(draw("rect", { x, width: Math.max(1, next - x), y: frame.top, height: frame.height, class: "column" }));
+      frame.marks.append(
+        draw("rect", { x, width: Math.max(1, next - x), y: frame.top, height: frame.height, class: "column" }),
+      );
     }
     if (state.time !== null && state.time < frame.T) {
       const y = frame.toY(state.time + 1);
-      frame.marks.append(draw("rect", { x: frame.left, width: frame.width, y, height: Math.max(1, frame.toY(state.time) - y), class: "column" }));
+      frame.marks.append(
+        draw("rect", {
+          x: frame.left,
+          width: frame.width,
+          y,
+          height: Math.max(1, frame.toY(state.time) - y),
+          class: "column",
+        }),
+      );
     }
     say(i, state.time);
     if (values.open) list();
@@ -168,7 +208,12 @@ function heatmap(find) {
     const row = signal !== null && i >= 0 ? shown(layer, signal, i) : null;
     const rows = row ? Array.from(row, (value, t) => [String(t), format(signal, value)]) : [];
     const caption = `${layer.full}, training step ${layer.run.steps[i] ?? "none"}`;
-    values.replaceChildren(values.firstChild, table(caption, [["t", signal === null ? "" : signalName(signal)], ...rows]));
+    const from = values.lastChild.scrollTop;
+    values.replaceChildren(
+      values.firstChild,
+      table(caption, [["t", signal === null ? "" : signalName(signal)], ...rows]),
+    );
+    values.lastChild.scrollTop = from;
   }
   values.addEventListener("toggle", () => values.open && list());
 

@@ -3,9 +3,14 @@
 const LOWEST = -16; // decades; bars below this are as good as nothing
 
 const verdict = (log10) =>
-  log10 < -3 ? ["vanishing", "The gradient vanishes: the first steps learn next to nothing from this loss."]
-  : log10 > 3 ? ["exploding", "The gradient explodes: one step of the optimizer would throw the weights away. Clipping holds that, and only that."]
-  : ["healthy", "The gradient arrives: the first steps can learn from this loss."];
+  log10 < -3
+    ? ["vanishing", "The gradient vanishes: the first steps learn next to nothing from this loss."]
+    : log10 > 3
+      ? [
+          "exploding",
+          "The gradient explodes: one step of the optimizer would throw the weights away. Clipping holds that, and only that.",
+        ]
+      : ["healthy", "The gradient arrives: the first steps can learn from this loss."];
 
 /** Bars per time step for a simple RNN whose length, weights, activation and input can be chosen. */
 function rnnLesson() {
@@ -43,8 +48,17 @@ function rnnLesson() {
     const ends = logs.map((value, t) => [value, (T - 1 - t) * bound]).flat();
     const high = Math.max(1, Math.min(-LOWEST, Math.ceil(Math.max(...ends))));
     const low = Math.max(LOWEST, Math.min(-4, Math.floor(Math.min(...ends.filter(Number.isFinite)))));
-    const frame = axes(width, 280, { label: "time step t", domain: [0.5, T + 0.5], whole: true, format: String }, { label: "‖∂L/∂hₜ‖", domain: [low, high], decades: true });
-    const svg = draw("svg", { width, height: 280, role: "img", "aria-label": `norm of the gradient at each of ${T} time steps` }, frame.group);
+    const frame = axes(
+      width,
+      280,
+      { label: "time step t", domain: [0.5, T + 0.5], whole: true, format: String },
+      { label: "‖∂L/∂hₜ‖", domain: [low, high], decades: true },
+    );
+    const svg = draw(
+      "svg",
+      { width, height: 280, role: "img", "aria-label": `norm of the gradient at each of ${T} time steps` },
+      frame.group,
+    );
     const clamped = (value) => Math.max(low, Math.min(high, value));
     const wide = Math.max(1, (frame.right - frame.left) / T - (T > 80 ? 0 : 2));
     logs.forEach((value, t) => {
@@ -53,7 +67,15 @@ function rnnLesson() {
       svg.append(
         draw(
           "rect",
-          { x: frame.toX(t + 1) - wide / 2, width: wide, y, height: Math.max(0, frame.bottom - y), class: verdict(value)[0], "data-time": t + 1, "data-value": Number.isFinite(value) ? value : "" },
+          {
+            x: frame.toX(t + 1) - wide / 2,
+            width: wide,
+            y,
+            height: Math.max(0, frame.bottom - y),
+            class: verdict(value)[0],
+            "data-time": t + 1,
+            "data-value": Number.isFinite(value) ? value : "",
+          },
           draw("title", {}, `t = ${t + 1}: ${norm(value)}`),
         ),
       );
@@ -76,7 +98,9 @@ function rnnLesson() {
       ["spectral norm ‖W‖", short(chosen.scale)],
       ["spectral radius ρ(W)", short(radius)],
     ];
-    numbers.replaceChildren(...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+    numbers.replaceChildren(
+      ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))),
+    );
   }
 
   /** The bars one after the other, from the end back, in a second and a half. */
@@ -102,25 +126,68 @@ function rnnLesson() {
     "div",
     { class: "controls" },
     slider("sequence length", { min: 1, max: 200, step: 1, value: chosen.T }, change("T")),
-    slider("weight scale ‖W‖", { min: 0.1, max: 2, step: 0.05, value: chosen.scale, format: (v) => v.toFixed(2) }, change("scale")),
-    slider("size of the input", { min: 0, max: 2, step: 0.05, value: chosen.input, format: (v) => v.toFixed(2) }, change("input")),
-    choice("activation", Object.keys(ACTIVATIONS).map((name) => [name, name]), chosen.activation, change("activation")),
-    choice("matrix", [["orthogonal", "orthogonal"], ["random", "independent entries"]], chosen.matrix, change("matrix")),
+    slider(
+      "weight scale ‖W‖",
+      { min: 0.1, max: 2, step: 0.05, value: chosen.scale, format: (v) => v.toFixed(2) },
+      change("scale"),
+    ),
+    slider(
+      "size of the input",
+      { min: 0, max: 2, step: 0.05, value: chosen.input, format: (v) => v.toFixed(2) },
+      change("input"),
+    ),
+    choice(
+      "activation",
+      Object.keys(ACTIVATIONS).map((name) => [name, name]),
+      chosen.activation,
+      change("activation"),
+    ),
+    choice(
+      "matrix",
+      [
+        ["orthogonal", "orthogonal"],
+        ["random", "independent entries"],
+      ],
+      chosen.matrix,
+      change("matrix"),
+    ),
     make("button", { type: "button", onclick: play }, "Play backwards"),
   );
   onWidth(plot, paint);
   compute();
-  return make("div", { id: "lesson-rnn" }, controls, make("figure", {}, plot, make("p", { class: "note" }, "Bars: computed by backpropagation through a network of 32 units, the loss being at the end. Line: the bound.")), says, numbers);
+  return make(
+    "div",
+    { id: "lesson-rnn" },
+    controls,
+    make(
+      "figure",
+      {},
+      plot,
+      make(
+        "p",
+        { class: "note" },
+        "Bars: computed by backpropagation through a network of 32 units, the loss being at the end. Line: the bound.",
+      ),
+    ),
+    says,
+    numbers,
+  );
 }
 
-const BETWEEN = "to the old cabinet in the hall of the house by the river near the mill that the baker of the village behind the hill once sold to a friend of the mayor".split(" ");
+const BETWEEN =
+  "to the old cabinet in the hall of the house by the river near the mill that the baker of the village behind the hill once sold to a friend of the mayor".split(
+    " ",
+  );
 const NOUNS = new Set(["cabinet", "hall", "house", "river", "mill", "baker", "village", "hill", "friend", "mayor"]);
 const NETWORKS = 8; // the mean of so many: one is a matter of luck
 
 /** How much of the verb's gradient reaches the subject, through words in between. */
 function agreementLesson() {
   const chosen = { distance: 8, bias: 1, model: "lstm" };
-  const sentence = make("p", { class: "sentence", "aria-label": "the sentence, words shaded by the gradient that reaches them" });
+  const sentence = make("p", {
+    class: "sentence",
+    "aria-label": "the sentence, words shaded by the gradient that reaches them",
+  });
   const bars = make("div", { class: "bars" });
   const says = make("p", { class: "verdict", "aria-live": "polite" });
   const models = { rnn: "simple RNN", lstm: "LSTM", biased: "LSTM, forget bias", attention: "attention" };
@@ -134,7 +201,12 @@ function agreementLesson() {
       const w = uniform(WIDTH, WIDTH, random);
       const u = uniform(WIDTH, WIDTH, random);
       const found = {
-        rnn: rnnNorms(w, words.map((x) => times(u, x)), "tanh", random).norms,
+        rnn: rnnNorms(
+          w,
+          words.map((x) => times(u, x)),
+          "tanh",
+          random,
+        ).norms,
         lstm: lstmNorms(words, 0, generator(200 + n)),
         biased: lstmNorms(words, chosen.bias, generator(200 + n)),
         attention: attentionNorms(words, random),
@@ -154,7 +226,14 @@ function agreementLesson() {
     sentence.replaceChildren(
       ...words.flatMap((word, t) => {
         const role = t === 1 ? "subject" : t === words.length - 1 ? "verb" : NOUNS.has(word) ? "attractor" : "";
-        const [value, ink] = [found[chosen.model][t], make("span", { class: `word ${role}`, title: norm(found[chosen.model][t]), "data-value": found[chosen.model][t] }, word)];
+        const [value, ink] = [
+          found[chosen.model][t],
+          make(
+            "span",
+            { class: `word ${role}`, title: norm(found[chosen.model][t]), "data-value": found[chosen.model][t] },
+            word,
+          ),
+        ];
         ink.style.setProperty("--strength", `${Math.round(100 * shade(value))}%`);
         return [ink, " "];
       }),
@@ -165,7 +244,13 @@ function agreementLesson() {
         const bar = make("span", { class: `strength ${verdict(value)[0]}` });
         bar.style.setProperty("--strength", `${Math.round(100 * Math.max(0.01, 1 + value / 12))}%`);
         const label = name === "biased" ? `${text} ${chosen.bias}` : text;
-        return make("div", { "data-model": name, "data-value": value }, make("span", {}, label), make("span", { class: "track" }, bar), make("span", { class: "value" }, norm(value)));
+        return make(
+          "div",
+          { "data-model": name, "data-value": value },
+          make("span", {}, label),
+          make("span", { class: "track" }, bar),
+          make("span", { class: "value" }, norm(value)),
+        );
       }),
     );
     const [kind] = verdict(found[chosen.model][1]);
@@ -187,8 +272,19 @@ function agreementLesson() {
     choice("words shaded by", Object.entries(models), chosen.model, change("model")),
   );
   paint();
-  return make("div", { id: "lesson-agreement" }, controls, sentence, says, bars,
-    make("p", { class: "note" }, `Geometric means over ${NETWORKS} networks of 32 units with torch's initial weights and random words; of attention, what arrives through keys and values.`));
+  return make(
+    "div",
+    { id: "lesson-agreement" },
+    controls,
+    sentence,
+    says,
+    bars,
+    make(
+      "p",
+      { class: "note" },
+      `Geometric means over ${NETWORKS} networks of 32 units with torch's initial weights and random words; of attention, what arrives through keys and values.`,
+    ),
+  );
 }
 
 function lessons() {

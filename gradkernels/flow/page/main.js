@@ -59,7 +59,10 @@ function describe() {
   document.title = `Gradient flow of ${models}`;
   const thinned = state.runs.some((r) => r.recorded > r.steps.length);
   const versions = Object.entries(run.versions || {}).map(([name, version]) => `${name} ${version}`);
-  const counts = state.runs.map((r) => `${state.runs.length > 1 ? `${r.name}: ` : ""}training step ${r.step}${thinned ? `, ${r.steps.length} of ${r.recorded} recorded steps shown` : `, ${r.steps.length} recorded`}`);
+  const counts = state.runs.map(
+    (r) =>
+      `${state.runs.length > 1 ? `${r.name}: ` : ""}training step ${r.step}${thinned ? `, ${r.steps.length} of ${r.recorded} recorded steps shown` : `, ${r.steps.length} recorded`}`,
+  );
   byId("about").textContent = [...counts, ...versions].join(" · ");
 }
 

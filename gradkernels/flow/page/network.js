@@ -26,9 +26,11 @@ function dot(a, b) {
 }
 const length2 = (a) => Math.sqrt(dot(a, a));
 /** Rows of weights uniform in +-1/sqrt(width), as torch begins. */
-const uniform = (rows, columns, random) => Array.from({ length: rows }, () => vector(columns, () => (2 * random() - 1) / Math.sqrt(WIDTH)));
+const uniform = (rows, columns, random) =>
+  Array.from({ length: rows }, () => vector(columns, () => (2 * random() - 1) / Math.sqrt(WIDTH)));
 const times = (matrix, v) => vector(matrix.length, (i) => dot(matrix[i], v));
-const transposed = (matrix) => Array.from({ length: matrix[0].length }, (_, j) => vector(matrix.length, (i) => matrix[i][j]));
+const transposed = (matrix) =>
+  Array.from({ length: matrix[0].length }, (_, j) => vector(matrix.length, (i) => matrix[i][j]));
 
 /** An orthogonal matrix: random rows, each freed of those before it. */
 function orthogonal(n, random) {
@@ -97,7 +99,10 @@ function rnnNorms(matrix, inputs, activation, random) {
     norms[t] = length2(g);
     const here = states[t].map(slope);
     slopes += here.reduce((a, b) => a + b, 0) / WIDTH;
-    g = times(back, g.map((v, i) => v * here[i]));
+    g = times(
+      back,
+      g.map((v, i) => v * here[i]),
+    );
   }
   return { norms, slope: slopes / inputs.length };
 }
@@ -153,7 +158,11 @@ function attentionNorms(inputs, random) {
   const throughValue = times(transposed(value), g);
   const throughKey = times(transposed(key), q);
   return weights.map((w, t) => {
-    const score = dot(g, values[t].map((v, j) => v - context[j])) / Math.sqrt(WIDTH);
+    const score =
+      dot(
+        g,
+        values[t].map((v, j) => v - context[j]),
+      ) / Math.sqrt(WIDTH);
     return w * length2(throughValue.map((v, j) => v + score * throughKey[j]));
   });
 }

@@ -57,7 +57,14 @@ function linear([low, high], [from, to]) {
 
 // From dark to light through hues that the colour-blind tell apart, and as even to the eye.
 const STOPS = [
-  [18, 10, 64], [30, 40, 115], [36, 80, 145], [33, 118, 150], [38, 154, 140], [92, 188, 111], [173, 213, 72], [250, 232, 80],
+  [18, 10, 64],
+  [30, 40, 115],
+  [36, 80, 145],
+  [33, 118, 150],
+  [38, 154, 140],
+  [92, 188, 111],
+  [173, 213, 72],
+  [250, 232, 80],
 ];
 
 /** A colour as a word of a canvas's pixels, whose bytes are red, green, blue and opacity on every machine that browsers run on. */

@@ -5,7 +5,13 @@ function spectra() {
   const controls = make("div", { class: "controls" });
   const plot = make("div", { class: "plot" });
   const numbers = make("output", { class: "readout", "aria-live": "polite" });
-  const plane = make("figure", {}, make("figcaption", {}, "Eigenvalues in the complex plane, with the unit circle"), plot, numbers);
+  const plane = make(
+    "figure",
+    {},
+    make("figcaption", {}, "Eigenvalues in the complex plane, with the unit circle"),
+    plot,
+    numbers,
+  );
   const radii = lineFigure("Spectral radius and spectral norm over training", () => ({
     x: { label: "training step", whole: true, format: String },
     y: { label: "size" },
@@ -20,33 +26,53 @@ function spectra() {
     y: { label: "singular value" },
     series: [{ name: "singular values", points: (current()?.singular_values || []).map((value, i) => [i + 1, value]) }],
   }));
-  const element = make("div", {}, controls, make("div", { class: "panels" }, plane, make("div", {}, radii.element, singular.element)));
+  const element = make(
+    "div",
+    {},
+    controls,
+    make("div", { class: "panels" }, plane, make("div", {}, radii.element, singular.element)),
+  );
 
   const full = (run, name) => (state.runs.length > 1 ? `${run.name} · ${name}` : name);
-  const all = () => state.runs.flatMap((run) => (run.spectra || []).map((record) => ({ ...record, block: full(run, record.name) })));
+  const all = () =>
+    state.runs.flatMap((run) => (run.spectra || []).map((record) => ({ ...record, block: full(run, record.name) })));
   const names = () => [...new Set(all().map((record) => record.block))];
-  const records = () => all().filter((record) => record.block === looked.block).sort((a, b) => a.step - b.step);
+  const records = () =>
+    all()
+      .filter((record) => record.block === looked.block)
+      .sort((a, b) => a.step - b.step);
   const current = () => {
     const found = records();
     return found[Math.min(looked.at ?? Infinity, found.length - 1)];
   };
 
-  let controlled = "";
+  const over = slider(
+    "training step of the spectrum",
+    { min: 0, max: 0, step: 1, value: 0, format: (i) => String(records()[i]?.step ?? "none") },
+    (i) => {
+      looked.at = i === records().length - 1 ? null : i;
+      paint();
+    },
+  );
+  let offered = "";
   function control() {
-    const known = JSON.stringify([names(), records().length, looked.block]);
-    if (known === controlled) return; // what is being dragged stays where it is
-    controlled = known;
-    const steps = records().map((record) => record.step);
+    const last = records().length - 1;
+    over.fit(last, Math.min(looked.at ?? last, last));
+    if (JSON.stringify(names()) === offered) return; // what somebody is about to choose from stays
+    offered = JSON.stringify(names());
+    const choose = (name) => {
+      looked.block = name;
+      looked.at = null;
+      update();
+    };
     controls.replaceChildren(
-      choice("matrix", names().map((name) => [name, name]), looked.block, (name) => {
-        looked.block = name;
-        looked.at = null;
-        update();
-      }),
-      slider("training step of the spectrum", { min: 0, max: steps.length - 1, step: 1, value: Math.min(looked.at ?? Infinity, steps.length - 1), format: (i) => String(steps[i]) }, (i) => {
-        looked.at = i === steps.length - 1 ? null : i;
-        paint();
-      }),
+      choice(
+        "matrix",
+        names().map((name) => [name, name]),
+        looked.block,
+        choose,
+      ),
+      over,
     );
   }
 
@@ -59,18 +85,46 @@ function spectra() {
     const before = found[found.indexOf(record) - 1];
     const far = Math.max(1.15, ...found.map((r) => (isNumber(r.radius) ? r.radius * 1.1 : 0)));
     const margin = { left: 48, right: 8, top: 8, bottom: 40 };
-    const frame = axes(size, size - 8, { label: "real", domain: [-far, far] }, { label: "imaginary", domain: [-far, far] }, margin);
+    const frame = axes(
+      size,
+      size - 8,
+      { label: "real", domain: [-far, far] },
+      { label: "imaginary", domain: [-far, far] },
+      margin,
+    );
     const at = ([re, im]) => ({ cx: frame.toX(re).toFixed(2), cy: frame.toY(im).toFixed(2) });
-    const circle = { cx: frame.toX(0), cy: frame.toY(0), rx: frame.toX(1) - frame.toX(0), ry: frame.toY(0) - frame.toY(1) };
-    const points = (values, attributes) => values.filter(([re, im]) => isNumber(re) && isNumber(im)).map((value) => draw("circle", { ...at(value), ...attributes(value) }));
+    const circle = {
+      cx: frame.toX(0),
+      cy: frame.toY(0),
+      rx: frame.toX(1) - frame.toX(0),
+      ry: frame.toY(0) - frame.toY(1),
+    };
+    const points = (values, attributes) =>
+      values
+        .filter(([re, im]) => isNumber(re) && isNumber(im))
+        .map((value) => draw("circle", { ...at(value), ...attributes(value) }));
     plot.replaceChildren(
       draw(
         "svg",
-        { width: size, height: size - 8, role: "img", "aria-label": `eigenvalues of ${looked.block} at training step ${record.step}` },
+        {
+          width: size,
+          height: size - 8,
+          role: "img",
+          "aria-label": `eigenvalues of ${looked.block} at training step ${record.step}`,
+        },
         frame.group,
         draw("ellipse", { ...circle, class: "unit" }),
         draw("g", {}, before ? points(before.eigenvalues, () => ({ r: 2.5, class: "before" })) : []),
-        draw("g", { class: "eigenvalues" }, points(record.eigenvalues, ([re, im]) => ({ r: 3.5, class: Math.hypot(re, im) > 1 ? "outside" : "inside", "data-re": re, "data-im": im }))),
+        draw(
+          "g",
+          { class: "eigenvalues" },
+          points(record.eigenvalues, ([re, im]) => ({
+            r: 3.5,
+            class: Math.hypot(re, im) > 1 ? "outside" : "inside",
+            "data-re": re,
+            "data-im": im,
+          })),
+        ),
       ),
     );
     Object.assign(numbers.dataset, { step: record.step, radius: record.radius ?? "", norm: record.norm ?? "" });

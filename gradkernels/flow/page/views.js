@@ -22,13 +22,27 @@ function overview() {
     });
     const head = ["layer", "cell", "memory horizon", "gradient, going back", "smallest … largest norm"];
     element.replaceChildren(
-      rows.length ? table(`At training step ${state.step}`, [head, ...rows]) : make("p", { class: "empty" }, "No recurrent layer is watched."),
-      ...state.runs.filter((run) => run.nonfinite).map((run) =>
-        make("p", { class: "warning" }, `First NaN or Inf: layer ${run.nonfinite.layer}, training step ${run.nonfinite.step}, time step ${run.nonfinite.time_step ?? "unknown"}.`),
-      ),
-      ...state.runs.filter((run) => isNumber(run.clip_rate)).map((run) =>
-        make("p", { class: "note" }, `Gradients were clipped in ${percent(run.clip_rate)} of the steps${state.runs.length > 1 ? ` of ${run.name}` : ""}.`),
-      ),
+      rows.length
+        ? table(`At training step ${state.step}`, [head, ...rows])
+        : make("p", { class: "empty" }, "No recurrent layer is watched."),
+      ...state.runs
+        .filter((run) => run.nonfinite)
+        .map((run) =>
+          make(
+            "p",
+            { class: "warning" },
+            `First NaN or Inf: layer ${run.nonfinite.layer}, training step ${run.nonfinite.step}, time step ${run.nonfinite.time_step ?? "unknown"}.`,
+          ),
+        ),
+      ...state.runs
+        .filter((run) => isNumber(run.clip_rate))
+        .map((run) =>
+          make(
+            "p",
+            { class: "note" },
+            `Gradients were clipped in ${percent(run.clip_rate)} of the steps${state.runs.length > 1 ? ` of ${run.name}` : ""}.`,
+          ),
+        ),
     );
   }
   return { element, update: mark, mark };
@@ -59,21 +73,29 @@ function heatmaps() {
 
 /** All layers at one training step, by how far back in time. */
 function profiles() {
-  const chart = lineFigure("The gradient on its way back, at the training step looked at", () => {
-    const series = layers().map((layer) => {
-      const signal = signalOf(layer);
-      const row = signal === null ? null : shown(layer, signal, indexAt(layer.run, state.step));
-      const points = row ? Array.from(row, (value, t) => [stepsBack(layer, t, row.length), value]) : [];
-      return { name: layer.full, points: points.sort((a, b) => a[0] - b[0]), dashed: layer.direction === "reverse" };
-    });
-    const share = isShare(state.signal);
-    return {
-      label: `${signalName(state.signal)} of every layer at training step ${state.step}, by steps back from the end`,
-      x: { label: "steps back from the end of the sequence", whole: true, format: String },
-      y: { label: signalName(state.signal) + (state.relative && !share ? ", relative" : ""), decades: !share, domain: share ? [0, 1] : null },
-      series,
-    };
-  }, 300);
+  const chart = lineFigure(
+    "The gradient on its way back, at the training step looked at",
+    () => {
+      const series = layers().map((layer) => {
+        const signal = signalOf(layer);
+        const row = signal === null ? null : shown(layer, signal, indexAt(layer.run, state.step));
+        const points = row ? Array.from(row, (value, t) => [stepsBack(layer, t, row.length), value]) : [];
+        return { name: layer.full, points: points.sort((a, b) => a[0] - b[0]), dashed: layer.direction === "reverse" };
+      });
+      const share = isShare(state.signal);
+      return {
+        label: `${signalName(state.signal)} of every layer at training step ${state.step}, by steps back from the end`,
+        x: { label: "steps back from the end of the sequence", whole: true, format: String },
+        y: {
+          label: signalName(state.signal) + (state.relative && !share ? ", relative" : ""),
+          decades: !share,
+          domain: share ? [0, 1] : null,
+        },
+        series,
+      };
+    },
+    300,
+  );
   return { element: chart.element, update: chart.update, mark: chart.update };
 }
 
@@ -98,7 +120,11 @@ const log10OrNull = (value) => (isNumber(value) && value > 0 ? Math.log10(value)
 /** Views one after the other, behaving as one. */
 function together(...views) {
   return {
-    element: make("div", { class: "panels" }, views.map((view) => view.element)),
+    element: make(
+      "div",
+      { class: "panels" },
+      views.map((view) => view.element),
+    ),
     update: () => views.forEach((view) => view.update()),
     mark: () => views.forEach((view) => view.mark()),
   };
@@ -126,20 +152,28 @@ function blocks() {
       [`${named(run, block)}, exit`, block.exit, { hue, dashed: true }],
     ]);
   return together(
-    overTraining("Norm of the gradient at the entrance and the exit of every block", { label: "‖∂L/∂x‖", decades: true }, both),
     overTraining(
-      "Share of the gradient that took the residual path",
-      { label: "share", format: percent },
-      (run) => (run.blocks || []).map((block, hue) => [named(run, block), block.residual_share, { hue }]),
+      "Norm of the gradient at the entrance and the exit of every block",
+      { label: "‖∂L/∂x‖", decades: true },
+      both,
+    ),
+    overTraining("Share of the gradient that took the residual path", { label: "share", format: percent }, (run) =>
+      (run.blocks || []).map((block, hue) => [named(run, block), block.residual_share, { hue }]),
     ),
   );
 }
 
 function parameters() {
   const full = (run, group) => (state.runs.length > 1 ? `${run.name} · ${group.name}` : group.name);
-  const lines = (field) => (run) => (run.parameters || []).map((group) => [full(run, group), (group[field] || []).map(log10OrNull)]);
+  const lines = (field) => (run) =>
+    (run.parameters || []).map((group) => [full(run, group), (group[field] || []).map(log10OrNull)]);
   return together(
     overTraining("Norm of the gradient by parameters", { label: "‖∂L/∂W‖", decades: true }, lines("grad"), true),
-    overTraining("Size of an update relative to the weights", { label: "‖ΔW‖ / ‖W‖", decades: true }, lines("update_ratio"), true),
+    overTraining(
+      "Size of an update relative to the weights",
+      { label: "‖ΔW‖ / ‖W‖", decades: true },
+      lines("update_ratio"),
+      true,
+    ),
   );
 }
