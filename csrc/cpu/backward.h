@@ -27,7 +27,7 @@ template <class Cell, class T, class P> class Backward {
   };
 
   const BackwardArgs &q;
-  const int64_t K = G * q.H, K1 = (G - Q) * q.H, KP = Cell::P * q.H;
+  const int64_t K = G * q.H, K1 = (G - Q) * q.H;
   const int64_t NV = vectors<T>(q.H), RV = vectors<T>(q.R), IV = vectors<T>(q.I);
   const int64_t width = std::max(NV, RV) * L;
   Arena &arena = Arena::of_this_thread();
@@ -43,11 +43,11 @@ template <class Cell, class T, class P> class Backward {
   std::vector<Chunk> chunks;
   std::vector<int64_t> place, token; // [T] where a step lies in the rings; [2 * room] the token of a place
   int64_t room = 1;
-  // Adjoints of gates, operand of the second product, adjoints of projected h and of parameters.
-  Ring<P> ring_x, ring_r, ring_v, ring_h, ring_p;
+  Ring<P> ring_x, ring_r, ring_v, ring_h; // adjoints of gates, operand of the second product, adjoint of projected h
   Factor<P> x, h, v, raw;
   Weights<T> dw_ih, dw_hh, dw_hr;
-  F *db_x, *db_r, *dp;       // [K], [K], [KP]
+  F *db_x, *db_r;            // [K] each
+  F *dp_rows, *dp;           // [2, B, P, NV, L] of each row in a chunk, [P, NV, L] of all
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
   std::vector<double> norms; // [walking threads, T, S]
 
@@ -182,7 +182,11 @@ template <class Cell, class T, class P> class Backward {
       put(split || !known ? &ring_x : nullptr, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
       if (split) put(known ? nullptr : &ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
     }
-    for (int k = 0; k < Cell::P; k++) put(q.dparams ? &ring_p : nullptr, q.dp, i, b, k * q.H + unit, extra.p[k], m, KP);
+    for (int k = 0; k < Cell::P; k++) {
+      F *const sum = dp_rows + (((place[i] >= room) * q.B + b) * Cell::P + k) * NV * L + unit;
+      if (q.dparams) (V::load(sum) + extra.p[k]).store(sum);
+      put(nullptr, q.dp, i, b, k * q.H + unit, extra.p[k], m, Cell::P * q.H);
+    }
     if (Cell::D && i >= q.skip) extra.d[0].store(owed_at(i, b, v));
     for (int k = q.w_hr ? 1 : 0; k < S; k++) {
       ds[k].store(carry_at(k, b, v));
@@ -307,6 +311,19 @@ template <class Cell, class T, class P> class Backward {
           });
     }
   }
+  // Adjoints of parameters: what the rows of a chunk have come to, row after row.
+  void add_rows(int parity, int id) const {
+    const int64_t n = Cell::P * NV;
+    for (int64_t u = n * id / team.size; u < n * (id + 1) / team.size; u++) {
+      V sum = V::load(dp + u * L);
+      for (int64_t b = 0; b < q.B; b++) {
+        F *const row = dp_rows + ((parity * q.B + b) * n + u) * L;
+        sum += V::load(row);
+        V(0).store(row);
+      }
+      sum.store(dp + u * L);
+    }
+  }
   void gradients(const Chunk &c, int parity, int id, bool first) {
     const int64_t m0 = K * id / team.size, m1 = K * (id + 1) / team.size;
     if constexpr (Q > 0) {
@@ -322,9 +339,7 @@ template <class Cell, class T, class P> class Backward {
     add(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
     if (db_x) add_columns(ring_x.row(place[c.lo]), ring_x.stride, c.tokens, m0, m1, db_x, first);
     if (db_r) add_columns(ring_r.row(place[c.lo]), ring_r.stride, c.tokens, m0, m1, db_r, first);
-    if (dp)
-      add_columns(ring_p.row(place[c.lo]), ring_p.stride, c.tokens, KP * id / team.size, KP * (id + 1) / team.size, dp,
-                  first);
+    if (dp) add_rows(parity, id);
     if (q.dx) input_gradient(c, id);
   }
   static Team make_team(const BackwardArgs &q) {
@@ -357,8 +372,8 @@ public:
     ring_r = split ? Ring<P>::take(arena, 2 * room, K) : ring_x;
     if (Q) ring_v = Ring<P>::take(arena, 2 * room, q.H);
     if (q.w_hr) ring_h = Ring<P>::take(arena, 2 * room, q.R);
-    if (q.dparams) ring_p = Ring<P>::take(arena, 2 * room, KP);
-    dp = q.dparams ? arena.take<F>(KP) : nullptr;
+    dp_rows = q.dparams ? arena.zeros<F>(2 * q.B * Cell::P * NV * L) : nullptr;
+    dp = q.dparams ? arena.zeros<F>(Cell::P * NV * L) : nullptr;
     if (q.dw_ih) x = Factor<P>::take(arena, room, q.I), dw_ih = Weights<T>::take(arena, q.dw_ih, K, q.I);
     if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.R);
     if (Q && q.dw_hh) v = Factor<P>::take(arena, room, q.H);
@@ -402,7 +417,10 @@ public:
       if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);
       if (q.db_hh) store(at(q.db_hh) + m, load((split ? db_r : db_x) + m, K - m), K - m);
     }
-    for (int64_t m = 0; q.dparams && m < KP; m += L) store(at(q.dparams) + m, load(dp + m, KP - m), KP - m);
+    for (int64_t u = 0; q.dparams && u < Cell::P * NV; u++) {
+      const int64_t unit = u % NV * L;
+      store(at(q.dparams) + u / NV * q.H + unit, V::load(dp + u * L), q.H - unit);
+    }
     for (int64_t t = 0; q.norms && t < q.T; t++) {
       double *const to = q.norms + t * (S + 1);
       for (int k = 0; k < S; k++) {
