@@ -90,11 +90,11 @@ def squares(v, mask):
 
 
 @triton.jit
-def load_parameters(params, u, H: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr):
-    """params [P, H]: P rows [1, units] for these units."""
+def load_parameters(p, u, H: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr):
+    """p [P, H]: P rows [1, units] for these units."""
     out = ()
     for k in tl.static_range(P):
-        out = out + (tl.load(params + k * H + u, mask=u < H, other=0.0).to(dtype)[None, :],)
+        out = out + (tl.load(p + k * H + u, mask=u < H, other=0.0).to(dtype)[None, :],)
     return out
 
 

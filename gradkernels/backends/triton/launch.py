@@ -156,11 +156,13 @@ def tile(B: int, units: int, K: int, planes: int, number: Number, at: Limits) ->
     return Tile(BM, BU, BK, grid, chosen | ({"launch_pdl": True} if at.overlap else {}))
 
 
-def whole_rows(B: int, H: int, number: Number, at: Limits) -> Tile:
-    """The tile of a launch whose programs have all units of their rows: half the planes that fit, for means are made of several."""
+def whole_rows(B: int, H: int, at: Limits) -> Tile:
+    """The tile of a launch whose programs have all units of their rows, in which means are taken: a cell that takes them has
+    dozens of planes, so a thread has some four values of each."""
     BU = padded(H)
-    BM = max(1, min(ROWS, number.largest // 2 // BU))
-    chosen = options(8 if BM * BU > 2048 else 4) | ({"launch_pdl": True} if at.overlap else {})
+    BM = max(1, min(ROWS, 1024 // BU))
+    warps = min(max(BM * BU // 128, 4), 16)
+    chosen = options(warps) | ({"launch_pdl": True} if at.overlap else {})
     return Tile(BM, BU, ROWS, (1, triton.cdiv(B, BM), 1), chosen)
 
 

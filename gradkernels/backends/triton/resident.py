@@ -116,7 +116,7 @@ def forward_walk(
     final,  # S of [B, R], [B, H] ..
     raw,  # [N, H] or None
     acts,  # [N, A, H] or None
-    params,  # [P, H] or None
+    parameters,  # [P, H] or None
     seed,  # [1] or None
     flags,  # [N] or None
     origin,  # number of the first token
@@ -148,7 +148,7 @@ def forward_walk(
     w = ()
     if RECURRENT:
         w = load_matrix(w_hh, u[None, :], v[:, None], H, R, H, G)
-    p = load_parameters(params, u, H, P, ACC)
+    p = load_parameters(parameters, u, H, P, ACC)
     if w_hr is not None:
         projection = load_matrix(w_hr, v[None, :], u[:, None], R, H, R, 1)[0]
     added = ()
@@ -297,7 +297,7 @@ def backward_walk(
     norms,  # [T, S, programs] float64 or None
     dparams,  # [N, P * H] or None
     owed,  # [N, H] in ACC, zero at first: adjoints of d by the token that d is of; or None
-    params,  # [P, H] or None
+    parameters,  # [P, H] or None
     seed,  # [1] or None
     flags,  # [N] or None
     origin,  # number of the first token
@@ -331,7 +331,7 @@ def backward_walk(
     w = ()
     if RECURRENT:
         w = load_matrix(w_hh, u[:, None], v[None, :], H, R, H, G)
-    p = load_parameters(params, u, H, P, ACC)
+    p = load_parameters(parameters, u, H, P, ACC)
     programs = tl.num_programs(0) * tl.num_programs(1)
     if w_hr is not None:
         projection = load_matrix(w_hr, v[:, None], u[None, :], R, H, R, 1)[0]

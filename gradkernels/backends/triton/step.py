@@ -66,7 +66,7 @@ def forward_step(
     seq,  # S of [N, H] or None
     raw,  # [N, H] or None
     acts,  # [N, A, H] or None
-    params,  # [P, H] or None
+    parameters,  # [P, H] or None
     seed,  # [1] or None
     flags,  # [N] or None
     origin,  # number of the first token
@@ -112,7 +112,7 @@ def forward_step(
             s = s + (tl.zeros([BM, BU], ACC),)
         else:
             s = s + (tl.load(state[k] + own, mask=mask, other=0.0),)
-    p = load_parameters(params, u, H, P, ACC)
+    p = load_parameters(parameters, u, H, P, ACC)
     m = ()
     if M > 0:
         m = MASKS(seed, flags, origin, token, col, b < n, tl.program_id(0) * BU, tl.zeros([BM, BU], ACC))
@@ -234,7 +234,7 @@ def backward_step(
     norms,  # [T, S, programs] float64 or None
     dparams,  # [N, P * H] or None
     owed,  # [N, H] in ACC, zero at first: adjoints of d by the token that d is of; or None
-    params,  # [P, H] or None
+    parameters,  # [P, H] or None
     seed,  # [1] or None
     flags,  # [N] or None
     origin,  # number of the first token
@@ -329,7 +329,7 @@ def backward_step(
                 d += tl.load(grads[k] + plane, mask=mask, other=0.0).to(ACC)
             dt = dt + (d,)
         gate = token[:, None] * (G * H) + u[None, :]
-        p = load_parameters(params, u, H, P, ACC)
+        p = load_parameters(parameters, u, H, P, ACC)
         m = ()
         if M > 0:
             m = MASKS(seed, flags, origin, token, col, b < n, tl.program_id(0) * BU, dt0)

@@ -51,7 +51,7 @@ def common(cell: Cell, steps: Steps, number: Number, at: Limits, H: int, R: int,
         "G": cell.G, "S": cell.S, "A": cell.A, "Q": len(cell.second), "SPLIT": bool(cell.split), "H": H, "R": R,
         "P": cell.P, "M": cell.M, "D": cell.D, "RECURRENT": cell.recurrent, "SKIP": extra.skip, "CLIP": float(extra.clip),
         "MASKS": cells.masks(tuple(extra.noise), extra.seed is not None) if cell.M else None,
-        "params": extra.params, "seed": extra.seed, "flags": extra.flags, "origin": extra.first,
+        "parameters": extra.params, "seed": extra.seed, "flags": extra.flags, "origin": extra.first,
         "HP": units, "RP": padded(R) if cell.recurrent else UNITS, "EARLY": at.overlap, **vars(functions), **number.constants,
     }  # fmt: skip
 
@@ -106,7 +106,7 @@ def walk_forward(
     own = tile(B, H, w.shape[1], cell.G, number, at)
     parts = [("operand", own), ("rest", own)] if cell.second else [("whole", own)]
     if cell.means:
-        parts = [("product", own), ("cell", whole_rows(B, H, number, at))]
+        parts = [("product", own), ("cell", whole_rows(B, H, at))]
     launches = [
         Launch(step.forward_step, tiles.grid, arguments | tiles.constants | {"PART": part}, tiles.options)
         for part, tiles in parts
@@ -156,7 +156,7 @@ def walk_backward(
     }  # fmt: skip
     late = len(cell.second) * H
     first = tile(B, R, w_hh.shape[0] - late, 1, number, at)
-    second = whole_rows(B, H, number, at) if cell.means else tile(B, H, late or R, 1, number, at)
+    second = whole_rows(B, H, at) if cell.means else tile(B, H, late or R, 1, number, at)
     grid = triton.cdiv(B, ROWS), 1 if cell.recurrent else triton.cdiv(H, UNITS)
     programs = grid[0] * grid[1] if resides else max(first.programs, second.programs)
     # one sum for each program: added up in one order, the same bits in every run

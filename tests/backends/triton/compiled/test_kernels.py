@@ -43,6 +43,26 @@ CASES += [
 ]
 
 
+# what cells have beside products and states
+EXTRA = [
+    (Call("lstm_peephole", "bf16", 64), 90, True),
+    (Call("lstm_peephole", "fp16", 1024), 80, False),
+    (Call("lstm_layer_norm", "bf16", 64, norms=True), 100, True),
+    (Call("lstm_layer_norm", "bf16", 512, B=256, norms=True), 90, False),
+    (Call("gru_layer_norm", "fp32", 200, layout="lengths"), 80, False),
+    (Call("slstm", "bf16", 64), 90, True),
+    (Call("indrnn", "bf16", 1000, norms=True), 90, True),
+    (Call("indrnn", "fp64", 30, layout="packed"), 80, True),
+    (Call("vocabulary", "bf16", 32), 80, True),
+    (Call("zoneout_lstm", "bf16", 64, layout="lengths"), 90, True),
+    (Call("zoneout_lstm", "tf32", 512), 100, False),
+    (Call("masked_gru", "fp16", 1000), 90, False),
+    (Call("skip_gru", "bf16", 64, reverse=True), 80, True),
+    (Call("skip_gru", "bf16", 512), 100, False),
+]
+CASES += [pytest.param(*case, id=f"{case[0]}-sm_{case[1]}") for case in EXTRA]
+
+
 @pytest.mark.parametrize("call, architecture, resident", CASES)
 def test_compiles(call, architecture, resident, monkeypatch):
     with offline.gpu(architecture) as driver:
