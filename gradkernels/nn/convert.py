@@ -11,10 +11,11 @@ import warnings
 
 from torch import nn
 
+from gradkernels.nn.any_cell import Recurrent
 from gradkernels.nn.attention import AttentionBlock, MultiheadAttention
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from gradkernels.nn.norm import LayerNorm
-from gradkernels.nn.recurrent import GRU, LSTM, RNN, Recurrent
+from gradkernels.nn.recurrent import GRU, LSTM, RNN
 from gradkernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gradkernels import cells
+from gradkernels.nn.any_cell import Recurrent
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
-from gradkernels.nn.recurrent import NAMES, Recurrent, RNNBase
+from gradkernels.nn.recurrent import NAMES, RNNBase
 from gradkernels.ops._recurrent_taps import activations
 
 # Of cells whose gates are not the activations that they keep.
@@ -54,25 +56,36 @@ class Part:
         names = GATES.get(self.cell.name, "").split() or [name for name, *_ in activations(self.cell)]
         return names if len(names) == self.cell.G else [str(k) for k in range(self.cell.G)]
 
-    def blocks(self) -> list[Tensor]:
-        """G recurrent matrices [H, H] from the units before a step to a gate: W_k, or W_k W_hr behind a projection.
+    @property
+    def options(self) -> dict[str, Any]:
+        """What surrounds the cell in a Recurrent layer."""
+        return getattr(self.module, "options", {})
 
-        Without a recurrent product there are none."""
+    def blocks(self) -> list[Tensor]:
+        """G recurrent matrices [H, H] from the units before a step to a gate: W_k; W_k W_hr behind a projection; of layers with heads
+        block-diagonal. Without a recurrent product there are none."""
         weight, projection = self.get("weight_hh"), self.get("weight_hr")
         if weight is None or not weight.numel():
             return []
         blocks = weight.detach().double().cpu().chunk(self.cell.G)
+        if (heads := self.options.get("heads", 1)) > 1:
+            return [torch.block_diag(*w.chunk(heads)) for w in blocks]
         return list(blocks) if projection is None else [w @ projection.detach().double().cpu() for w in blocks]
 
     def alone(self) -> Recurrent:
-        """The same layer and direction as a module of its own, in float64 on the CPU, without dropout; it runs forward in time."""
-        module = self.module
+        """The same layer and direction as a module of its own, in float64 on the CPU, as in evaluation; it runs forward in time.
+
+        Gradients are not clipped, whatever the layer does."""
+        module, cell = self.module, self.cell
         if not isinstance(module, nn.RNNBase):
             raise TypeError(f"{self.name} is a {type(module).__name__}, a single step: it has no course in time")
-        weights = {name: self.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")}
-        held = {f"{name}_l0": w.detach().double().cpu() for name, w in weights.items() if w is not None}
-        features, units = held["weight_ih_l0"].shape[1], held["weight_ih_l0"].shape[0] // self.cell.G
-        layer = Recurrent(self.cell, features, units, bias=module.bias, proj_size=module.proj_size, dtype=torch.double)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", *(text for text, *_ in cell.params))
+        held = {f"{name}_l0": w.detach().double().cpu() for name in names if (w := self.get(name)) is not None}
+        features, units = held["weight_ih_l0"].shape[1], held["weight_ih_l0"].shape[0] // cell.G
+        options = {name: v for name, v in self.options.items() if name not in ("clip_grad", "recompute")}
+        layer = Recurrent(
+            cell, features, units, bias=module.bias, proj_size=module.proj_size, dtype=torch.double, **options
+        )
         if isinstance(module, RNNBase) and module.backend == "reference":  # other backends may be for another device
             layer.backend = module.backend
         layer.load_state_dict(held)

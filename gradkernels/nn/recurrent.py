@@ -1,6 +1,7 @@
 """Layers shaped like torch.nn's recurrent ones, on `ops.recurrent`.
 
-One class carries the stack of layers and directions; LSTM, GRU, RNN and Recurrent only say which cell it is made of.
+One class carries the stack of layers and directions; LSTM, GRU and RNN only say which cell it is made of, and Recurrent, of any
+cell, what surrounds it.
 Dims: T steps, B batch, I input features, H hidden units, R = proj_size or H, S states of the cell.
 """
 
@@ -145,6 +146,9 @@ class RNNBase(nn.RNNBase):
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None
     ) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
+        return self._forward(input, hx, lengths)
+
+    def _forward(self, input: Any, hx: Any, lengths: Tensor | None, reset: Any = None) -> tuple[Any, Any]:
         cell = self.unlisted or NAMES.get(self.mode, self.mode)
         S = (cells.CELLS[cell] if isinstance(cell, str) else cell).S
         first = self._weights(0)
@@ -188,7 +192,7 @@ class RNNBase(nn.RNNBase):
             if shape[0] == 0:
                 raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         dtype = (x if states is None else states[0]).dtype
-        x, final = self._run(x, states, zeros, cell, batch_sizes, lengths, first=first)
+        x, final = self._run(x, states, zeros, cell, batch_sizes, lengths, reset, first=first)
         if self.mode.startswith("GRU") and torch._C._is_any_autocast_enabled():
             x, *final = leave_autocast(dtype, x, *final)
         if batch_sizes is not None:
@@ -207,7 +211,11 @@ class RNNBase(nn.RNNBase):
         if x.device != weight.device:
             raise _apart(x.device, "parameter", weight.device)
 
-    def _one(self, k, x, state, cell, batch_sizes, lengths, weights=None, reverse=False):
+    def _around(self, k: int, reset: Tensor | None) -> dict[str, Any]:
+        """Further arguments of `ops.recurrent` for layer and direction k."""
+        return {}
+
+    def _one(self, k, x, state, cell, batch_sizes, lengths, reset, weights=None, reverse=False):
         """Layer and direction k: outputs, final states."""
         w_ih, w_hh, b_ih, b_hh, w_hr = weights or self._weights(k)
         probes = self.probes
@@ -225,6 +233,7 @@ class RNNBase(nn.RNNBase):
             reverse=reverse,
             probe=None if probes is None else probes[k],
             backend=self.backend,
+            **self._around(k, reset),
         )
 
     def _run(self, x, states, zeros, *call, first):
@@ -344,59 +353,6 @@ class RNN(RNNBase):
         if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
-
-class Recurrent(RNNBase):
-    """Layers and directions of any registered cell: the arguments of torch.nn.LSTM after the cell's name, or the Cell itself.
-
-    Recurrent(cell, input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    proj_size=0, device=None, dtype=None, backend=None)
-
-    Parameters have torch's names and shapes, G gates stacked in weight_ih [G*H, I], weight_hh [G*H, R]; Recurrent("lstm", ...) loads
-    and saves the state_dict of torch.nn.LSTM. forward(input, hx=None, lengths=None) as in LSTM; states go in and come out as a
-    tuple if the cell has several, else as one tensor. ValueError if there is no such cell.
-
-    >>> layer = Recurrent("gru_reset_before", 3, 5, bidirectional=True)
-    >>> y, h = layer(torch.randn(7, 4, 3))
-    >>> y.shape, h.shape
-    (torch.Size([7, 4, 10]), torch.Size([2, 4, 5]))
-    """
-
-    def __init__(
-        self,
-        cell: str | cells.Cell,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            cell,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-            backend=backend,
-        )
-
-    def _kind(self) -> str:
-        return "Recurrent"
-
-    def extra_repr(self) -> str:
-        return f"{self.mode!r}, {super().extra_repr()}"
 
 
 def _refuse_projection(args: tuple, kwargs: dict[str, Any], position: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from gradkernels.ops._recurrent_checks import WEIGHTS, check_extra, check_forwar
 from gradkernels.ops._recurrent_taps import widths
 
 Tensors = tuple[Tensor, ...]
+Inputs = tuple[Any, Any, Any, Any, Any, Any]  # x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr: Tensor or None
 
 
 def call(
     c: Cell,
     name: str | None,  # by which operators know it; None: to be found
-    tensors: Sequence[Tensor | None],  # x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr
+    tensors: Inputs,
     state: Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,

@@ -7,7 +7,7 @@ cell has them. Dims: as in recurrent.py; M masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from gradkernels.backends.reference import philox
 from gradkernels.cells import Cell
 from gradkernels.ops import _recurrent_op as op
 from gradkernels.ops._fused import draw_seed
-from gradkernels.ops._recurrent_call import Tensors, call, check_probe, zeros
+from gradkernels.ops._recurrent_call import Inputs, Tensors, call, check_probe, zeros
 from gradkernels.ops._recurrent_checks import check_forward
 from gradkernels.ops._recurrent_resets import keep_flags
 from gradkernels.ops._recurrent_windows import by_windows
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 class Call(NamedTuple):
     """The other arguments."""
 
-    tensors: tuple[Tensor | None, ...]  # x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr
+    tensors: Inputs
     params: Tensor | None
     state: Sequence[Tensor] | None
     batch_sizes: Tensor | None
@@ -57,19 +57,24 @@ class Call(NamedTuple):
     backend: str | None
 
 
+def _zones(c: Cell, o: Options) -> list[float]:
+    """The probability of zoneout for each state."""
+    return list(o.zoneout) if isinstance(o.zoneout, Sequence) else [o.zoneout] * c.S
+
+
 def check_options(c: Cell, o: Options) -> None:
     """Values that no tensor has to be looked at for."""
-    many = isinstance(o.zoneout, Sequence)
+    zones = _zones(c, o)
     for name, p in (
-        *(("zoneout", p) for p in (o.zoneout if many else [o.zoneout])),
+        *(("zoneout", p) for p in zones),
         ("recurrent_dropout", o.recurrent_dropout),
         ("variational", o.variational),
         ("weight_drop", o.weight_drop),
     ):
         if not 0 <= p <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {p}")
-    if many and len(o.zoneout) != c.S:
-        raise ValueError(f"zoneout must be one number or {c.S}, one for each state of {c.name}, got {len(o.zoneout)}")
+    if len(zones) != c.S:
+        raise ValueError(f"zoneout must be one number or {c.S}, one for each state of {c.name}, got {len(zones)}")
     if o.recurrent_dropout and o.variational:
         raise ValueError("recurrent_dropout draws a mask every step and variational one a sequence; give one of them")
     if (o.recurrent_dropout or o.variational or o.weight_drop) and not c.recurrent:
@@ -139,10 +144,9 @@ def run(c: Cell, name: str | None, given: Call, o: Options) -> tuple[Tensor | Te
 def _around(c: Cell, o: Options) -> tuple[tuple[str, ...], list[tuple[float, float, float]], int]:
     """Transforms, the innermost first; (p, high, where from) of every mask; how many states they put before those of the cell."""
     names, planes = [], [(p, high, KINDS[kind]) for p, high, kind in o.noise]
-    each = list(o.zoneout) if isinstance(o.zoneout, Sequence) else [o.zoneout] * c.S
-    if any(each):
+    if any(zones := _zones(c, o)):
         names.append("zoneout")
-        planes += [(p, 1.0, DRAWN) for p in each]
+        planes += [(p, 1.0, DRAWN) for p in zones]
     if o.skip and not c.D:
         names.append("skip")
     if o.reset is not None:

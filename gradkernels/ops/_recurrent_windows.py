@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from gradkernels.backends._extra import Extra
 from gradkernels.cells import Cell
-from gradkernels.ops._recurrent_call import Tensors, call
+from gradkernels.ops._recurrent_call import Inputs, Tensors, call
 
 
 def by_windows(
     size: int,  # steps of a window
     cell: Cell,
     name: str,
-    tensors: Sequence[Tensor | None],
+    tensors: Inputs,
     state: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -28,20 +30,24 @@ def by_windows(
     extra: Extra,
 ) -> tuple[Tensor | Tensors, Tensors]:
     """What `call` returns. A window draws the masks that the whole sequence has there."""
-    (x, *weights), packed = tensors, batch_sizes is not None
-    T = batch_sizes.shape[0] if packed else x.shape[0]
+    x, *weights = tensors
+    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     starts = range(0, max(T, 1), size)
-    rows = [int(v.sum()) for v in batch_sizes.split(size)] if packed else None
-    xs = x.split(rows if packed else size)
-    ends = [sum(rows[: k + 1]) for k in range(len(rows))] if packed else [min(T, t + size) * x.shape[1] for t in starts]
+    if batch_sizes is None:
+        tokens = [min(size, T - t) * x.shape[1] for t in starts]
+        xs = x.split(size)
+    else:
+        tokens = [int(v.sum()) for v in batch_sizes.split(size)]
+        xs = x.split(tokens)
+    ends = list(itertools.accumulate(tokens))
     # in a transform of torch.func nothing is recorded by hooks: there the windows are kept
     again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    outs = [None] * len(starts)
+    outs: list[Any] = [None] * len(starts)
     for k in reversed(range(len(starts))) if reverse else range(len(starts)):
         t, first = starts[k], ends[k - 1] if k else 0
         steps = min(size, T - t)
         how = (
-            batch_sizes[t : t + size] if packed else None,
+            None if batch_sizes is None else batch_sizes[t : t + size],
             None if lengths is None else (lengths - t).clamp(0, steps),
             reverse,
             None if probe is None else part(probe, T, t, t + steps),
