@@ -112,24 +112,31 @@ def train(args: argparse.Namespace, out: TextIO, show: Callable[[Any], object]) 
             monitor = stack.enter_context(gk.flow.watch(model, spectra=spectra, on_alert=alerts.append))
             optimizer = torch.optim.Adam(model.parameters(), args.rate)
             found[name] = {"monitor": monitor, "model": model, "optimizer": optimizer, "losses": [], "alerts": alerts}
-        show({name: run["monitor"] for name, run in found.items()})
+        show({name: one["monitor"] for name, one in found.items()})
         print(
             f"Models of {args.hidden} units name the first of {args.length} symbols after the last; "
             f"{args.steps} steps of {args.batch} sequences.",
             file=out,
         )
-        with Progress(found, args.steps, out) as progress:
-            for _, (symbols, targets) in zip(range(args.steps), batches(args.length, args.batch, args.seed)):
-                for name, run in found.items():
-                    loss = F.cross_entropy(run["model"](symbols), targets)
-                    run["optimizer"].zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(run["model"].parameters(), 1.0)
-                    run["optimizer"].step()
-                    run["losses"].append(loss.item())
-                    progress.advance(name, 1, f"loss {run['losses'][-1]:.4f}")
-        gk.flow.report({name: run["monitor"] for name, run in found.items()}, args.html)
+        try:
+            with Progress(found, args.steps, out) as progress:
+                for _, (symbols, targets) in zip(range(args.steps), batches(args.length, args.batch, args.seed)):
+                    for name, one in found.items():
+                        progress.advance(name, 1, f"loss {step(one, symbols, targets):.4f}")
+        finally:  # also of a run that is broken off
+            gk.flow.report({name: one["monitor"] for name, one in found.items()}, args.html)
     return found
+
+
+def step(one: dict[str, Any], symbols: Tensor, targets: Tensor) -> float:
+    """Train one of the models on a batch; its loss before."""
+    loss = F.cross_entropy(one["model"](symbols), targets)
+    one["optimizer"].zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(one["model"].parameters(), 1.0)
+    one["optimizer"].step()
+    one["losses"].append(loss.item())
+    return one["losses"][-1]
 
 
 def table(args: argparse.Namespace, found: dict[str, Any]) -> str:

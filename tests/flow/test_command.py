@@ -60,6 +60,20 @@ def test_what_it_says_is_so(out, capsys):
     assert [alert["kind"] for alert in runs["rnn_tanh"]["alerts"]] == ["vanishing"]
 
 
+def test_a_run_that_is_broken_off_is_reported(out, monkeypatch, capsys):
+    step, taken = command.step, []
+
+    def interrupted(*arguments):
+        taken.append(step(*arguments))
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return taken[-1]
+
+    monkeypatch.setattr(command, "step", interrupted)
+    assert main(["flow", "gru", *TINY]) == 130
+    assert [run["steps"] for run in runs_in(out)] == [[1, 2]]
+
+
 def test_symbols_to_remember_come_first():
     symbols, targets = next(command.batches(5, 300, 0))
     assert torch.equal(symbols[0], targets) and set(targets.tolist()) == set(range(8))
