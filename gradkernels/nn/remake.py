@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 _thread = threading.local()
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lowered(device: str) -> torch.dtype | None:
@@ -68,7 +69,7 @@ class _Saved:
     __slots__ = ("tensor", "value", "version", "view")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor.detach()
+        self.tensor: Tensor | None = tensor
         self.version = tensor._version
         self.value: _Value | None = None
         self.view: tuple[Any, ...] = ()
@@ -93,35 +94,37 @@ class _Saved:
 
 
 class _Trail:
-    """The values of one layer while its forward runs, by the address of their memory."""
+    """The values of one layer while its forward runs, and what else is saved, by the address of their memory."""
 
     def __init__(self) -> None:
         self.values: dict[int, tuple[_Value, Tensor]] = {}  # the tensor is held, so that no other comes to its address
-        self.kept: list[_Saved] = []
+        self.kept: dict[int, list[_Saved]] = {}
 
     def save(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        value, like = self.values.get(_address(tensor), (None, tensor))
+        """A tensor without a graph."""
+        saved, address = _Saved(tensor), _address(tensor)
+        value, like = self.values.get(address, (None, tensor))
         if value is not None and tensor.dtype == like.dtype and saved.version == value.version:
             saved.leave(value)
-        else:
-            self.kept.append(saved)
+        elif address:
+            self.kept.setdefault(address, []).append(saved)
         return saved
 
     def enter(self, result: Tensor, make: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> None:
         address = _address(result)
-        if not address or address in self.values or any(_address(v) == address for v in inputs if v is not None):
+        if not address or address in self.values or any(v is not None and _address(v) == address for v in inputs):
             return
-        value = _Value(make, [v if v is None else self.save(v) for v in inputs], result)
+        value = _Value(make, [v if v is None else self.save(v.detach()) for v in inputs], result)
         self.values[address] = value, result
-        for saved in self.kept:  # by what made it
-            if saved.tensor is not None and _address(saved.tensor) == address and saved.version == value.version:
+        for saved in self.kept.pop(address, ()):  # by what made it
+            assert saved.tensor is not None
+            if saved.tensor.dtype == result.dtype and saved.version == value.version:
                 saved.leave(value)
 
 
 def _address(v: Tensor) -> int:
     """0 for what is not plain memory."""
-    return v.untyped_storage().data_ptr() if type(v) in (Tensor, torch.nn.Parameter) else 0
+    return v.untyped_storage().data_ptr() if type(v) in _PLAIN else 0
 
 
 def _own_ways() -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradkernels.nn.conv import CausalConv1d
+from gradkernels.nn.remake import remade, remaking
 
 
 class GatedLayer(nn.Module):
@@ -32,7 +33,8 @@ class GatedLayer(nn.Module):
         else:
             v, past = self.gates.step(x, past)
         a, b = v.chunk(2, -1)
-        v = self.paths(a.tanh() * b.sigmoid())
+        with remaking():
+            v = self.paths(remade(torch.mul, a.tanh(), b.sigmoid()))
         if not self.last:
             branch, v = v.split((self.channels, v.shape[-1] - self.channels), -1)
             x = x + branch
