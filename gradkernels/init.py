@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,9 @@ def spectral_norm_(module: Module, value: float) -> Module:
                     f"{part.name}: the block of gate {gate} has norm {length} and cannot be scaled to {value}"
                 )
     for part, lengths in norms.items():
-        _set_blocks(part, [w * (value / length) for w, length in zip(_blocks(part), lengths)])
+        heads = len(_blocks(part)) // len(lengths) if lengths else 0
+        scales = [value / length for length in lengths for _ in range(heads)]
+        _set_blocks(part, [w * scale for w, scale in zip(_blocks(part), scales)])
     return module
 
 
@@ -112,8 +113,9 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """Give the gate that keeps the state a bias, so that it begins open: the forget gate of an LSTM, the update gate z of a GRU.
 
     A state is kept to the part sigmoid(value) a step where nothing else acts on the gate: 0.73 for 1, 0.95 for 3, 0.993 for 5.
-    bias_ih of that gate becomes `value` and bias_hh 0, since the two add up. Of a cell of one's own the gate is found by trying;
-    where it keeps the state when it is closed, the bias is -value.
+    bias_ih of that gate becomes `value` and bias_hh 0, since the two add up. The gate is found by trying, also of a cell of one's own;
+    where it keeps the state when it is closed, as a minimal gated unit's, the bias is -value. Behind a norm, which would take a bias
+    of all units away, it is the cell's own bias.
 
     ValueError if no layer has such a gate, or one that has it has no bias.
 
@@ -131,7 +133,7 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
     >>> lstm.bias_ih_l0[2:4].tolist(), lstm.bias_hh_l0[2:4].tolist()
     ([3.0, 3.0], [0.0, 0.0])
     """
-    for part, keep, sign, _ in _keepers(module):
+    for part, (keep, sign, _) in _keepers(module):
         _set_bias(part, keep, torch.full((part.module.hidden_size,), sign * value))
     return module
 
@@ -159,7 +161,7 @@ def chrono_(module: Module, longest: float, generator: torch.Generator | None = 
     """
     if not 2 <= longest < torch.inf:
         raise ValueError(f"longest must be at least 2 steps, got {longest}")
-    for part, keep, sign, write in _keepers(module):
+    for part, (keep, sign, write) in _keepers(module):
         u = 1 + (longest - 2) * torch.rand(part.module.hidden_size, generator=generator)
         _set_bias(part, keep, sign * u.log())
         if write is not None:
@@ -178,9 +180,9 @@ def _orthogonal(rows: int, columns: int, generator: torch.Generator | None) -> T
 
 
 def _blocks(part: Part) -> list[Tensor]:
-    """The block [H, R] of every gate; none without a recurrent product."""
-    weight = part.get("weight_hh")
-    return [] if weight is None or not weight.numel() else list(weight.detach().chunk(part.cell.G))
+    """The block [H, R] of every gate, of every head if there are some; none without a recurrent product."""
+    weight, heads = part.get("weight_hh"), part.options.get("heads", 1)
+    return [] if weight is None or not weight.numel() else list(weight.detach().chunk(part.cell.G * heads))
 
 
 def _set_blocks(part: Part, new: list[Tensor]) -> None:
@@ -188,60 +190,85 @@ def _set_blocks(part: Part, new: list[Tensor]) -> None:
         part.set("weight_hh", torch.cat(new))
 
 
-def _set_bias(part: Part, gate: int, value: Tensor) -> None:
-    """The sum of both biases of a gate."""
-    for name, new in (("bias_ih", value), ("bias_hh", torch.zeros_like(value))):
-        bias = part.get(name)
-        if bias is None:
-            raise ValueError(f"{part.name} has no biases")
-        blocks = list(bias.detach().chunk(part.cell.G))
-        blocks[gate] = new.to(bias)
-        part.set(name, torch.cat(blocks))
+def _set_bias(part: Part, gate: Gate, value: Tensor) -> None:
+    """Of units [H]: the sum of both biases of a gate, or the cell's own parameter."""
+    group, index = gate
+    if group == "x":
+        _set_row(part, "bias_ih", part.cell.G, index, value)
+        _set_row(part, "bias_hh", part.cell.G, index, torch.zeros_like(value))
+        return
+    for name, rows, _ in part.cell.params:
+        if 0 <= index < rows:
+            _set_row(part, name, rows, index, value)
+        index -= rows
+
+
+def _set_row(part: Part, name: str, rows: int, index: int, value: Tensor) -> None:
+    """One of the rows [H] that a parameter [rows * H] or [rows, H] has, where the layer has it."""
+    if (whole := part.get(name)) is not None:
+        whole = whole.detach().clone()
+        whole.view(rows, -1)[index] = value.to(whole)
+        part.set(name, whole)
 
 
 # ---------------------------------------------------------------- gates
 
+Gate = tuple[str, int]  # ("x", k): the pre-activation of gate k; ("p", k): a parameter of the cell
 
-def _keepers(module: nn.Module) -> Iterable[tuple[Part, int, int, int | None]]:
-    """Layers with a gate that keeps a state: the gate, the sign of the bias that opens it, the gate that writes."""
+
+class Roles(NamedTuple):
+    """What opens the gate that keeps a state: where its bias is, the bias's sign; and where that of the gate is which writes."""
+
+    keep: Gate
+    sign: int
+    write: Gate | None
+
+
+def _keepers(module: nn.Module) -> list[tuple[Part, Roles]]:
+    """Layers with a gate that keeps a state."""
     every = [(part, roles) for part in found(module) if (roles := _roles(part.cell)) is not None]
     if not every:
         raise ValueError(f"no layer in {type(module).__name__} has a gate that keeps its state, as LSTM and GRU have")
-    for part, _ in every:
-        if part.get("bias_ih") is None:
+    for part, roles in every:
+        if roles.keep[0] == "x" and part.get("bias_ih") is None:
             raise ValueError(f"{part.name} has no biases: a gate cannot be opened by one")
-    return [(part, *roles) for part, roles in every]
+    return every
 
 
 @functools.cache
-def _roles(cell: Cell) -> tuple[int, int, int | None] | None:
-    """(gate that keeps a state, sign, gate that writes or None): found by opening and closing one gate after the other.
+def _roles(cell: Cell) -> Roles | None:
+    """Found by opening and closing one gate after the other, with pre-activations or else with the cell's own parameters.
 
-    A gate keeps state j if dt_j/ds_j is 1 at one end and 0 at the other; it writes if dt_j/dx_m of some other gate m is 0 when it
-    is closed and not when it is open. None: no gate keeps anything, as in a simple RNN."""
+    A gate keeps state j if at one end t_j is s_j and dt_j/ds_j is 1, and the latter is 0 at the other. It writes if the derivative of
+    t_j by the bias of another gate is 0 when it is closed and not when it is open. None: no gate keeps anything, as in a simple RNN."""
     names = list(inspect.signature(cell.tangent).parameters)
-    sizes = {"x": "G", "r": "G", "s": "S", "p": "P", "m": "M", "d": "D"}
-    groups = {name: getattr(cell, size) for name, size in sizes.items() if name in names}
+    sizes = {"x": cell.G, "r": cell.G, "s": cell.S, "p": cell.P, "m": cell.M, "d": cell.D}
+    sizes = {name: n for name, n in sizes.items() if name in names}
+    own = [value or 0.0 for _, rows, value in cell.params for _ in range(rows)]
     plane = lambda v: torch.full((1, 1), float(v), dtype=torch.double)
 
-    def slope(j: int, gate: int, end: int, group: str, index: int) -> float:
-        """dt_j by one of a group, the gate being open (end = 1) or closed (-1)."""
-        values = {name: [plane(name in "sm") for _ in range(n)] for name, n in groups.items()}
-        values["x"][gate] = plane(40 * end)
-        values |= {"d" + name: [plane((name, k) == (group, index)) for k in range(n)] for name, n in groups.items()}
-        return cell.tangent(*[values[name] for name in names])[1][j].item()
+    def step(j: int, gate: Gate, end: int, by: Gate) -> tuple[float, float]:
+        """t_j and its derivative, the gate being open (end = 1) or closed (-1), all states 1."""
+        values = {name: [plane(name in "sm")] * n for name, n in sizes.items()}
+        values["p"] = [plane(v) for v in own]
+        values[gate[0]] = [plane(40 * end) if k == gate[1] else v for k, v in enumerate(values[gate[0]])]
+        values |= {"d" + name: [plane((name, k) == by) for k in range(n)] for name, n in sizes.items()}
+        t, dt = cell.tangent(*[values[name] for name in names])
+        return t[j].item(), dt[j].item()
 
-    for j, sign, gate in itertools.product(range(cell.S), (1, -1), range(cell.G)):
-        if _near(slope(j, gate, sign, "s", j), 1) and _near(slope(j, gate, -sign, "s", j), 0):
-            return gate, sign, next((k for k in range(cell.G) if k != gate and _writes(cell, slope, j, k)), None)
+    near = lambda a, b: abs(a - b) < 1e-6
+
+    def keeps(j: int, gate: Gate, sign: int) -> bool:
+        (value, slope), (_, other) = step(j, gate, sign, ("s", j)), step(j, gate, -sign, ("s", j))
+        return near(value, 1) and near(slope, 1) and near(other, 0)
+
+    def writes(j: int, gate: Gate, others: list[Gate]) -> bool:
+        slopes = ((step(j, gate, -1, m)[1], step(j, gate, 1, m)[1]) for m in others if m != gate)
+        return any(near(closed, 0) and not near(opened, 0) for closed, opened in slopes)
+
+    for group, j, sign in itertools.product("xp", range(cell.S), (1, -1)):
+        gates = [(group, k) for k in range(sizes.get(group, 0))]
+        for keep in gates:
+            if keeps(j, keep, sign):
+                return Roles(keep, sign, next((w for w in gates if w != keep and writes(j, w, gates)), None))
     return None
-
-
-def _writes(cell: Cell, slope: Callable[..., float], j: int, gate: int) -> bool:
-    """Whether state j depends on some other gate's input when this gate is open, and not when it is closed."""
-    others = [m for m in range(cell.G) if m != gate]
-    return any(_near(slope(j, gate, -1, "x", m), 0) and not _near(slope(j, gate, 1, "x", m), 0) for m in others)
-
-
-def _near(a: float, b: float) -> bool:
-    return abs(a - b) < 1e-6

@@ -242,18 +242,46 @@ def test_chrono_needs_two_steps():
 
 # The gate that keeps a state, the sign of the bias that makes it, the gate that writes; None: no gate does.
 ROLES = {
-    "lstm": (1, 1, 0),
-    "gru": (1, 1, None),
-    "gru_reset_before": (1, 1, None),
-    "lstm_coupled": (0, 1, None),
-    "lstm_peephole": (1, 1, 0),
-    "slstm": (1, 1, 0),
-    "mgu": (0, -1, None),
+    "lstm": (("x", 1), 1, ("x", 0)),
+    "gru": (("x", 1), 1, None),
+    "gru_reset_before": (("x", 1), 1, None),
+    "lstm_coupled": (("x", 0), 1, None),
+    "lstm_peephole": (("x", 1), 1, ("x", 0)),
+    "lstm_layer_norm": (("p", 9), 1, ("p", 8)),
+    "gru_layer_norm": (("p", 7), 1, None),
+    "slstm": (("x", 1), 1, ("x", 0)),
+    "mgu": (("x", 0), -1, None),
 }
 
 
 @pytest.mark.parametrize("cell", gk.cells.CELLS)
 def test_gates_of_every_cell_are_found(cell):
-    from gradkernels.init import _roles
+    layer = gk.nn.Recurrent(cell, 3, 5)
+    if cell not in ROLES:
+        with pytest.raises(ValueError, match="no layer in Recurrent has a gate"):
+            gk.init.forget_bias_(layer)
+        return
+    keep, sign, write = ROLES[cell]
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    gk.init.chrono_(layer, 20)
+    [part] = parts(layer)
 
-    assert _roles(gk.cells.CELLS[cell]) == ROLES.get(cell)
+    def row(gate):
+        if gate[0] == "x":
+            return sum(part.get(name).detach() for name in ("bias_ih", "bias_hh")).view(-1, 5)[gate[1]]
+        return torch.cat([part.get(name).detach().view(-1, 5) for name, *_ in part.cell.params])[gate[1]]
+
+    assert ((sign * row(keep)).sigmoid() >= 0.5).all() and ((sign * row(keep)).sigmoid() <= 1 - 1 / 20).all()
+    assert write is None or torch.equal(row(write), -row(keep))
+    changed = sum(int((p != before[name]).sum()) for name, p in layer.named_parameters())
+    assert changed == 5 * (1 + (keep[0] == "x")) * (1 if write is None else 2)
+
+
+def test_heads_have_blocks_of_their_own():
+    layer = gk.nn.Recurrent("gru", 3, 6, heads=2)
+    for init, value in ((lambda m: gk.init.orthogonal_(m, 0.5), 0.5), (lambda m: gk.init.identity_(m, 2.0), 2.0)):
+        for values, eps in singular_values(init(layer)):
+            assert len(values) == 6 and (values - value).abs().max() < eps * 2
+    nn.init.normal_(layer.weight_hh_l0)
+    gk.init.spectral_norm_(layer, 0.9)
+    assert all(abs(values[0] - 0.9) < eps for values, eps in singular_values(layer))

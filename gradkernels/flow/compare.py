@@ -241,7 +241,8 @@ def _measure(
         v = torch.randn(y.shape, dtype=y.dtype)
         y.backward(v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))
     found = {"x": (torch.zeros_like(x) if x.grad is None else x.grad).square().sum(-1).mean(-1)}
-    if layer is not None and layer.probes is not None and (measured := layer.probes[0].grad) is not None:
+    measured = None if layer is None or layer.probes is None else layer.probes[0].grad
+    if measured is not None and measured[:, -1].all():  # a layer may take fewer steps than there are
         found |= {signal: measured[:, k] / batch for k, signal in enumerate(names)}
     weights = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     norms = {signal: log10_norm(v.numpy()) for signal, v in found.items()}
@@ -267,12 +268,12 @@ def _last(name: str, y: Any, model: nn.Module) -> Tensor:
 
 def _power(log10: float) -> str:
     """
-    >>> _power(-62.03), _power(0.0), _power(-0.22), _power(-math.inf)
-    ('9e-63', '1', '0.6', '0')
+    >>> _power(-62.03), _power(-43.001), _power(0.0), _power(-0.22), _power(-math.inf)
+    ('9e-63', '1e-43', '1', '0.6', '0')
     """
     if not math.isfinite(log10):
         return "none" if math.isnan(log10) else "0" if log10 < 0 else "inf"
     if abs(log10) < 2:
         return f"{10**log10:.2g}"
-    exponent = math.floor(log10)
+    exponent = math.floor(log10 + math.log10(20 / 19))  # 9.5 is 10
     return f"{10 ** (log10 - exponent):.0f}e{exponent}"

@@ -44,6 +44,10 @@ class Course:
         every = [part for part in parts(module) if part.module is module and isinstance(module, nn.RNNBase)]
         if not every:
             raise TypeError(f"module must be an LSTM, GRU, RNN or Recurrent, got {type(module).__name__}")
+        if every[0].options.get("skip"):
+            raise TypeError(
+                f"{type(module).__name__} adds an output of some steps ago: its states alone do not say what comes next"
+            )
         return every
 
     @staticmethod

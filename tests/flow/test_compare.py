@@ -198,6 +198,7 @@ def test_architectures():
     assert ratio["RNN"] < -55 and -50 < ratio["LSTM"] < -35 and -50 < ratio["GRU"] < -35
     assert -20 < ratio["LSTM, forget bias 1"] < -14
     assert found.horizon("RNN") < found.horizon("LSTM") < found.horizon("LSTM, forget bias 1") < 40
+    assert found.horizon("RNN, skip 8") == found.horizon("RNN, four time scales") == 199
     for name in ("LSTM, chrono", "RNN, attention readout", "Transformer", "dilated convolution"):
         assert ratio[name] > -4 and found.horizon(name) > 150, name
     # and what is seen of it in a parameter's gradient is nothing

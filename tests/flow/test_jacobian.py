@@ -60,7 +60,7 @@ def test_against_torch(name, t0, t1):
     assert (found.log10_norm <= found.log10_product_of_norms + 1e-12).all()
 
 
-@pytest.mark.parametrize("cell", [name for name, cell in gk.cells.CELLS.items() if not cell.P])
+@pytest.mark.parametrize("cell", gk.cells.CELLS)
 def test_every_cell(cell):
     """By autograd through the reference backend."""
     layer = gk.nn.Recurrent(cell, 3, 5, backend="reference")
@@ -70,6 +70,27 @@ def test_every_cell(cell):
     found = gk.flow.jacobian(layer, x, 2, 7)
     agree(found.matrix[0], truth(layer, x, 2, 7))
     assert (found.log10_bound is None) == (cell not in ("rnn_tanh", "rnn_relu", "rnn_sigmoid"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({"zoneout": (0.3, 0.1)}, {"heads": 5}, {"recurrent_dropout": 0.5, "weight_drop": 0.5}, {"variational": 0.5}),
+    ids=str,
+)
+def test_layers_with_options_are_taken_as_in_evaluation(options):
+    layer = gk.nn.Recurrent("lstm", 3, 5, backend="reference", **options)
+    x = torch.randn(9, 2, 3)
+    found = gk.flow.jacobian(layer, x, 2, 7)
+    assert layer.training
+    agree(found.matrix[0], truth(layer.eval(), x, 2, 7))
+
+
+def test_clipping_is_not_part_of_it():
+    plain = gk.nn.Recurrent("gru", 3, 5, backend="reference")
+    clipped = gk.nn.Recurrent("gru", 3, 5, backend="reference", clip_grad=1e-3)
+    clipped.load_state_dict(plain.state_dict())
+    x = torch.randn(9, 2, 3)
+    assert torch.equal(gk.flow.jacobian(clipped, x, 2, 7).matrix, gk.flow.jacobian(plain, x, 2, 7).matrix)
 
 
 def test_initial_states_count():
@@ -219,6 +240,7 @@ WRONG = [
     ({"module": nn.Linear(3, 3)}, TypeError, r"module must be an LSTM, GRU, RNN or Recurrent, got Linear"),
     ({"module": nn.Sequential(nn.GRU(3, 5))}, TypeError, r"got Sequential"),
     ({"module": nn.GRUCell(3, 5)}, TypeError, r"got GRUCell"),
+    ({"module": gk.nn.SkipRNN("gru", 3, 5, skip=2)}, TypeError, r"SkipRNN adds an output of some steps ago"),
     ({"module": None}, TypeError, r"module must be a recurrent layer, got NoneType"),
     ({"hx": torch.zeros(1, 2, 5)}, ValueError, r"hx must be \[2, 2, \.\.\] for x \[6, 2, 3\], got \[\[1, 2, 5\]\]"),
     ({"hx": torch.zeros(2, 3, 5)}, ValueError, r"hx must be"),

@@ -24,6 +24,10 @@ LAYERS = {
     "cell": (lambda: nn.ModuleDict({"step": nn.LSTMCell(3, 5)}), [f"step.{g}" for g in "ifgo"]),
     "one unit": (lambda: gk.nn.RNN(3, 1), ["RNN.l0"]),
     "bfloat16": (lambda: nn.RNN(3, 17, dtype=torch.bfloat16), ["RNN.l0"]),
+    "layer norm": (
+        lambda: gk.nn.Recurrent("gru_layer_norm", 3, 5),
+        [f"Recurrent.l0.{g}" for g in ("reset", "z", "n")],
+    ),
     "model": (lambda: nn.Sequential(nn.Linear(3, 3), nn.RNN(3, 4)), ["1.l0"]),
 }
 
@@ -92,6 +96,18 @@ def test_parametrized_weights_count_as_they_are_used():
     rnn = torch.nn.utils.parametrizations.orthogonal(nn.RNN(3, 8), "weight_hh_l0")
     [s] = gk.flow.spectrum(rnn)
     assert abs(s.radius - 1) < 1e-5 and abs(s.norm - 1) < 1e-5
+
+
+def test_cells_without_a_recurrent_product_have_none():
+    assert gk.flow.spectrum(gk.nn.Recurrent("indrnn", 3, 4)) == []
+
+
+def test_heads_are_blocks_on_the_diagonal():
+    layer = gk.nn.Recurrent("rnn_tanh", 3, 6, heads=3)
+    [s] = gk.flow.spectrum(layer)
+    w = layer.weight_hh_l0.detach().double()
+    values = torch.linalg.eigvals(w.view(3, 2, 2)).flatten().numpy()
+    assert np.allclose(np.sort_complex(values), np.sort_complex(s.eigenvalues.numpy()))
 
 
 def test_what_has_no_recurrent_layer_is_refused():
