@@ -7,7 +7,7 @@ cell has them. Dims: as in recurrent.py; M masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ def run(c: Cell, name: str | None, given: Call, o: Options) -> tuple[Tensor | Te
     if o.heads > 1:
         return _by_heads(c, name, given, o)
     tensors, state, batch_sizes, lengths = given.tensors, given.state, given.batch_sizes, given.lengths
-    if not torch._C._is_tracing():
+    if torch.compiler.is_compiling() or not torch._C._is_tracing():
         check_forward(c, *tensors, state, batch_sizes, lengths)
     x, probe = tensors[0], given.probe
     if o.training and o.weight_drop:
