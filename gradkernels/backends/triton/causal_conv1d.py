@@ -49,8 +49,8 @@ def conv_taps(
     FIRST,  # the first tap that reaches into a sequence
     K,
     dilation,
-    U,
     LATER: tl.constexpr,  # whether taps lie after their token, as those of the gradient do
+    U: tl.constexpr,
     I: tl.constexpr,
     IP: tl.constexpr,  # a multiple of BK
     BM: tl.constexpr,
@@ -113,8 +113,8 @@ def conv_weights(
     c = tl.program_id(0) % tl.cdiv(C, BN) * BN + tl.arange(0, BN)
     by = tl.minimum((K - 1 - k).to(tl.int64) * dilation, T).to(tl.int32)
     acc = tl.zeros([BM, BN], ACC)
-    for start in range(run * RUN, tl.minimum(run * RUN + RUN, N), BK):
-        row, t = token_rows(start, T, BK)
+    for first in range(0, tl.minimum(N - run * RUN, RUN).to(tl.int32), BK):
+        row, t = token_rows(run * RUN + first, T, BK)
         late = tl.load(dy + row[:, None] * O + o[None, :], mask=(row < N)[:, None] & (o < O)[None, :], other=0.0)
         there = ((row < N) & (t >= by))[:, None] & (c < C)[None, :]
         early = tl.load(x + (row - by)[:, None] * C + c[None, :], mask=there, other=0.0)

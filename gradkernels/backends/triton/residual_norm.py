@@ -1,6 +1,6 @@
 """norm(residual + dropout(x)) over rows in Triton: one pass over memory forward, one backward.
 
-Dims: M rows, N values of a row; BM, BN tile of a program.
+Dims: M rows, N values of a row, a multiple of ALIGN, so that loads are as wide as rows allow; BM, BN tile of a program.
 
 A row lies in the registers of one program, up to what WIDEST says; a longer one is walked twice, the second time out of L2.
 The sum is rounded to storage before it is normalised, so that backward, which reads it back, has the very numbers of forward.
@@ -18,6 +18,7 @@ over the programs, both in a fixed order; a program writes N of these sums, a fe
 # mypy: ignore-errors
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def load_unit(dy, s, row, column, mask, mean, rstd, N, ACC: tl.constexpr):
 # ---------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=["M", "below"])
+@triton.jit(do_not_specialize=["M", "n", "below"])
 def norm_forward(
     x,  # [M, N]
     residual,  # [M, N] or None
@@ -127,16 +128,18 @@ def norm_forward(
     mean,  # [M]
     rstd,  # [M]
     M,
-    N,
+    n,  # N / ALIGN
     below: tl.uint32,
     scale: tl.float64,
     eps: tl.float64,
+    ALIGN: tl.constexpr,
     RMS: tl.constexpr,
     WHOLE: tl.constexpr,  # whether a tile has all of a row
     BM: tl.constexpr,
     BN: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    N = n * ALIGN
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM).to(tl.int64)[:, None]
     column = tl.arange(0, BN)[None, :]
     if WHOLE:
@@ -162,6 +165,7 @@ def norm_forward(
             store(s, row, column, mask, N, v)
         store_norm(y, weight, bias, v, middle, r, row, column, mask, N, ACC)
     else:
+        tl.debug_barrier()  # other threads have stored what is loaded here
         for first in range(0, N, BN):
             own = first + column
             mask = (row < M) & (own < N)
@@ -172,7 +176,7 @@ def norm_forward(
 # ---------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "n"])
 def norm_tilts(
     dy,  # [M, N]
     s,  # [M, N]
@@ -181,12 +185,14 @@ def norm_tilts(
     rstd,  # [M]
     tilts,  # [2, M] to fill: what `tilt` says of each row
     M,
-    N,
+    n,  # N / ALIGN
+    ALIGN: tl.constexpr,
     RMS: tl.constexpr,
     BN: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Of one row, however long."""
+    N = n * ALIGN
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BN)[None, :]
     middle, r = tl.load(mean + row), tl.load(rstd + row)
@@ -202,7 +208,7 @@ def norm_tilts(
     tl.store(tilts + M + row, 0.0 if RMS else tl.sum(of_g) / N)
 
 
-@triton.jit(do_not_specialize=["M", "RUN", "below"])
+@triton.jit(do_not_specialize=["M", "n", "RUN", "below"])
 def norm_backward(
     dy,  # [M, N], or None: zero
     dsum,  # [M, N], or None: zero
@@ -217,23 +223,25 @@ def norm_backward(
     dweight,  # [runs, N], or None: sums over the rows of each run
     dbias,  # the same
     M,
-    N,
+    n,  # N / ALIGN
     RUN,  # rows of a run, a multiple of BM
     below: tl.uint32,
     scale: tl.float64,
+    ALIGN: tl.constexpr,
     RMS: tl.constexpr,
     STAGES: tl.constexpr,  # tiles on their way or at work
     BM: tl.constexpr,
     BN: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    N = n * ALIGN
     run, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN
     column = start + tl.arange(0, BN)[None, :]
     of_weight, of_bias = tl.zeros([BM, BN], ACC), tl.zeros([BM, BN], ACC)
     if weight is not None:
         w = load_weight(weight, column, tl.broadcast_to(column < N, [BM, BN]), ACC)
-    for first in tl.range(run * RUN, tl.minimum(run * RUN + RUN, M), BM, num_stages=STAGES):
-        row = first + tl.arange(0, BM).to(tl.int64)[:, None]
+    for first in tl.range(0, tl.minimum(M - run * RUN, RUN).to(tl.int32), BM, num_stages=STAGES):
+        row = run * RUN + first + tl.arange(0, BM)[:, None]
         mask = (row < M) & (column < N)
         ds = tl.zeros([BM, BN], ACC)
         if dsum is not None:
@@ -267,18 +275,20 @@ def norm_backward(
         store(dbias, run, column, column < N, N, tl.sum(of_bias, 0, keep_dims=True))
 
 
-@triton.jit(do_not_specialize=["RUNS"])
+@triton.jit(do_not_specialize=["RUNS", "n"])
 def add_runs(
     weight_sums,  # [RUNS, N] or None
     bias_sums,  # [RUNS, N] or None
     dweight,  # [N] to fill, or None
     dbias,  # the same
     RUNS,
-    N,
+    n,  # N / ALIGN
+    ALIGN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    N = n * ALIGN
     column = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     of_weight, of_bias = tl.zeros([BM, BN], ACC), tl.zeros([BM, BN], ACC)
     for first in range(0, RUNS, BM):
@@ -323,11 +333,12 @@ def _ceil(a: int, b: int) -> int:
 
 def _arguments(x: Tensor, weight: Tensor | None, seed: Tensor | None, p: float, rms: bool) -> dict[str, Any]:
     """What both directions are told, by name; x is contiguous."""
-    below, scale = limit(p)
-    N = x.shape[-1]
+    (below, scale), N = limit(p), x.shape[-1]
+    align = math.gcd(N, 16) or 1
     return {
-        "M": x.numel() // N if N else 0, "N": N, "weight": weight if weight is None else weight.contiguous(), "seed": seed,
-        "below": below, "scale": scale, "RMS": rms, "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "M": x.numel() // N if N else 0, "n": N // align, "ALIGN": align, "seed": seed, "below": below, "scale": scale,
+        "weight": weight if weight is None else weight.contiguous(), "RMS": rms,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
 
 
@@ -344,7 +355,7 @@ def forward(
     """(y, s, mean [M], rstd [M])"""
     x = x.contiguous()
     given = _arguments(x, weight, seed, p, rms)
-    M, N = given["M"], given["N"]
+    M, N = given["M"], x.shape[-1]
     y = torch.empty_like(x)
     s = torch.empty_like(x) if summed(residual, seed) else None
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -374,7 +385,7 @@ def backward(
         s, dsum = x, None
     s = s.contiguous()
     given = _arguments(s, weight, seed, p, rms)
-    M, N = given["M"], given["N"]
+    M, N = given["M"], x.shape[-1]
     got = [torch.empty_like(s) if wanted else None for wanted in need[:2]]
     got += [torch.empty_like(v) if wanted else None for v, wanted in zip((weight, bias), need[2:4])]
     if not M:

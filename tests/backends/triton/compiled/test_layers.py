@@ -15,7 +15,7 @@ from tests.backends.triton.compiled import offline
 from tests.backends.triton.compiled.calls import DTYPES
 
 ARCHITECTURES = (80, 90, 100)
-SPILLED, SPILLED_LARGE = 64, 144  # bytes of a thread; of 64 registers, in the longest rows
+SPILLED, SPILLED_LARGE = 64, 144  # bytes of a thread; in the longest rows, and where an address is needed for every value
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 shift = 1 if triton.__version__ < "3.7" else 0
 
@@ -153,7 +153,7 @@ def test_convolution_compiles(size, number, architecture, monkeypatch):
     with offline.gpu(architecture) as driver:
         convolution(*SIZES[size], number)
     assert {k.name for k in driver.kernels} == {"conv_taps", "conv_weights"}
-    check(driver, SPILLED)
+    check(driver, SPILLED_LARGE if size == "odd" else SPILLED)
     if number in ("bf16", "tf32") and size == "wide":
         assert all(PRODUCTS[architecture] in text for text in driver.ptx)
 
