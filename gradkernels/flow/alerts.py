@@ -51,6 +51,13 @@ class Thresholds:
     dead: float = 0.1  # share of a layer's units that no gradient reaches
     stalled: float = 1e-6  # ||new - old|| / ||old|| of a group that has a gradient
 
+    def __post_init__(self) -> None:
+        for name in ("vanishing", "saturated", "dead"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.exploding <= 1:
+            raise ValueError(f"exploding must be larger than 1, got {self.exploding}")
+
 
 @dataclass(frozen=True)
 class Alert:
@@ -91,6 +98,8 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
     for name, flow in reversed(record.layers.items()):  # in the order of backward, so that the first is where it began
         if flow.broken:
             yield Candidate("nonfinite", name, math.nan, math.inf, partial(_nonfinite, flow, layers[name]))
+    if any(flow.broken for flow in record.layers.values()):
+        return  # other numbers mean nothing then
     low, high = math.log10(thresholds.vanishing), math.log10(thresholds.exploding)
     for name, flow in record.layers.items():
         layer, reached = layers[name], flow.reached
@@ -203,14 +212,23 @@ def _saturated(share: Any, what: str) -> tuple[int, str]:
 class Alerts:
     """Those of a run: each kind and layer once, and again when it had been gone for a while."""
 
-    def __init__(self, most: int = 1000) -> None:
+    def __init__(self, most: int = 1000, patience: int = 0) -> None:
         self.found: list[Alert] = []
-        self.most = most
+        self.most, self.patience = (
+            most,
+            patience,
+        )  # records that are not finite, one after the other, before it is an alert
+        self._broken = 0
         self._seen: dict[tuple[str, str], int] = {}  # the last record with it
 
     def look(self, record: Record, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True) -> list[Alert]:
         """What this record has and the ones before had not; `keep`: remember it."""
-        fresh = {}
+        fresh: dict[tuple[str, str], Alert] = {}
+        broken = self._broken + 1 if any(flow.broken for flow in record.layers.values()) else 0
+        if keep:
+            self._broken = broken
+        if 0 < broken <= self.patience:
+            return []
         for found in candidates(record, layers, thresholds):
             key = found.kind, found.layer
             last = self._seen.get(key)

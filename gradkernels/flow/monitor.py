@@ -30,6 +30,7 @@ DETAILED = (
 )
 TOGETHER = 64  # recorded steps are read together
 TOGETHER_RANKS = 16  # and summed over ranks
+SKIPS = 10  # steps that a scaler may skip, one after the other, until its scale fits
 SPECTRA = 64  # steps with spectra that are kept
 WAIT = 1.0  # seconds, after which fewer are read
 
@@ -87,7 +88,7 @@ class Monitor:
         }
         if spectra is not None and not self.layers:
             raise ValueError(f"spectra are those of recurrent layers, and {self.name} has none")
-        self._history, self._alerts = History(keep), Alerts()
+        self._history, self._alerts = History(keep), Alerts(patience=0 if scaler is None else SKIPS)
         self._pending: list[Step] = []
         self._untold: list[tuple[Record, list[Alert]]] = []
         self._short: set[Sequence] = set()

@@ -276,7 +276,7 @@ def test_a_long_run_keeps_memory_bounded():
         model.probes[0].grad = torch.ones(model.probes[0].shape, dtype=torch.double)
         monitor.step()
     assert len(monitor.history) <= 50 and monitor.step_count == 50_000 and len(monitor._pending) <= 64
-    assert len(monitor._untold) == 0 and len(monitor._alerts.found) <= 1000
+    assert len(monitor._untold) <= 64 and len(monitor._alerts.found) <= 1000
 
 
 def test_snapshots_from_another_thread_while_training():

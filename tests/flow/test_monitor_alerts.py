@@ -1,0 +1,200 @@
+"""Alerts: what is pointed out, where, how often, and that nothing is where all is well."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gradkernels as gk
+from tests.flow.monitored import Small
+
+
+def last_step(layer, T=40, factor=1.0, **options):
+    """A monitor after one backward from the last step alone."""
+    monitor = gk.flow.watch(layer, **options)
+    (layer(torch.randn(T, 4, layer.input_size))[0][-1].square().sum() * factor).backward()
+    return monitor
+
+
+def kinds(monitor):
+    return [(a.kind, a.layer) for a in monitor.alerts]
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gk.flow.FlowWarning)
+        yield
+
+
+@pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN"))
+def test_vanishing(cell):
+    layer = getattr(gk.nn, cell)(4, 16)
+    monitor = last_step(layer)
+    (alert,) = [a for a in monitor.alerts if a.kind == "vanishing"]
+    log10 = monitor.log10_norms()
+    below = (log10 - log10[-1] < -3).nonzero().max().item()
+    assert (alert.layer, alert.direction, alert.step, alert.time_step) == (f"{cell}.l0", "forward", 1, below)
+    assert alert.value == pytest.approx(10 ** (log10[0] - log10[-1]).item(), rel=1e-4) and alert.threshold == 1e-3
+    assert below == 39 - monitor.horizon() - 1
+    assert f"{cell}.l0, step 1, time step {below}" in alert.message
+    assert ("gk.init" in alert.advice) and str(alert) == f"{alert.message} {alert.advice}"
+
+
+def test_vanishing_in_the_reverse_direction():
+    layer = gk.nn.RNN(4, 16, bidirectional=True)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(40, 4, 4))[0][0, :, 16:].sum().backward()  # the reverse direction ends at the first step
+    (alert,) = [a for a in monitor.alerts if a.kind == "vanishing"]
+    log10 = monitor.log10_norms("RNN.l0_reverse")
+    assert alert.direction == "reverse" and alert.time_step == (log10 - log10[0] < -3).nonzero().min().item()
+    assert monitor.horizon("RNN.l0_reverse") == alert.time_step - 1
+
+
+def test_exploding():
+    layer = gk.nn.RNN(4, 16, nonlinearity="relu")
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(1.5 * torch.eye(16))
+        layer.weight_ih_l0.abs_()
+    monitor = last_step(layer, T=30)
+    (alert,) = [a for a in monitor.alerts if a.kind == "exploding"]
+    assert alert.time_step == 0 and alert.value == pytest.approx(1.5**29, rel=0.5) and "clip_grad_norm_" in alert.advice
+
+
+def test_saturated():
+    layer = gk.nn.RNN(4, 16)
+    with torch.no_grad():
+        layer.weight_ih_l0 *= 100
+    monitor = last_step(layer, T=10)
+    (alert,) = [a for a in monitor.alerts if a.kind == "saturated"]
+    assert alert.value > 0.9 and "tanh h" in alert.message
+
+
+def test_gates_that_are_open_on_purpose_are_no_fault():
+    layer = gk.init.chrono_(gk.nn.LSTM(4, 16), 1000)
+    with torch.no_grad():
+        layer.bias_ih_l0[16:32] += 20
+        layer.bias_hh_l0[16:32] += 20
+    monitor = last_step(layer, T=10)
+    assert monitor.history[-1].layers["LSTM.l0"].saturation["f"].min() == 1.0
+    assert monitor.alerts == []
+
+
+def test_dead_units():
+    layer = gk.nn.RNN(4, 16, nonlinearity="relu")
+    with torch.no_grad():
+        layer.bias_ih_l0[:5] -= 100
+    monitor = last_step(layer, T=6)
+    assert "dead" not in dict(kinds(monitor))  # weights are looked at when a step is over
+    monitor.step()
+    (alert,) = [a for a in monitor.alerts if a.kind == "dead"]
+    assert alert.value == pytest.approx(5 / 16, abs=1 / 16)
+
+
+@pytest.mark.parametrize(("rate", "found"), [(1e-9, True), (1e-2, False), (0.0, False)])
+def test_stalled(rate, found):
+    model = Small(gk.nn.GRU(3, 4), 4)
+    monitor = gk.flow.watch(model)
+    optimizer = torch.optim.SGD(
+        [{"params": model.rnn.parameters(), "lr": rate}, {"params": model.head.parameters()}], 0.1
+    )
+    for _ in range(2):
+        model(torch.randn(5, 2, 3)).sum().backward()
+        optimizer.step()
+    assert [k for k in kinds(monitor) if k[0] == "stalled"] == [("stalled", "rnn.l0")] * found
+
+
+def test_nonfinite_names_where_it_began():
+    layer = gk.nn.GRU(4, 8, num_layers=2)
+    monitor = gk.flow.watch(layer)
+    y = layer(torch.randn(9, 2, 4))[0]
+    grad = torch.zeros_like(y)
+    grad[5, 0, 0] = math.nan
+    y.backward(grad)
+    monitor.step()
+    first, second = [a for a in monitor.alerts if a.kind == "nonfinite"]
+    assert (first.layer, first.time_step) == ("GRU.l1", 5) and (second.layer, second.time_step) == ("GRU.l0", 5)
+    found = monitor.snapshot()
+    assert found["nonfinite"] == {"layer": "GRU.l1", "step": 1, "time_step": 5}
+    assert found["alerts"][0]["value"] is None and found["layers"][1]["signals"]["h"][0][:6] == [None] * 6
+
+
+def test_steps_that_a_scaler_skips_are_its_own_affair():
+    model, scaler = Small(gk.nn.GRU(3, 4), 4), torch.amp.GradScaler("cpu", init_scale=2.0)
+    monitor = gk.flow.watch(model, scaler=scaler)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def steps(n, factor):
+        for _ in range(n):
+            optimizer.zero_grad()
+            (scaler.scale(model(torch.randn(5, 2, 3)).sum()) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    steps(3, math.inf)
+    steps(1, 1.0)
+    assert "nonfinite" not in dict(kinds(monitor)) and len(monitor.history) == 4
+    steps(12, math.nan)  # no scale helps
+    assert ("nonfinite", "rnn.l0") in kinds(monitor)
+
+
+def test_well_behaved_training_says_nothing():
+    model = Small(gk.init.chrono_(gk.nn.LSTM(3, 16), 10), 16)
+    monitor = gk.flow.watch(model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(70):
+        optimizer.zero_grad()
+        model(torch.randn(10, 4, 3)).square().sum().backward()
+        optimizer.step()
+    assert monitor.alerts == []
+
+
+def test_said_once_and_to_whom():
+    layer = gk.nn.RNN(4, 16)
+    told = []
+    monitor = gk.flow.watch(layer, on_alert=told.append)
+    for _ in range(200):
+        layer(torch.randn(40, 4, 4))[0][-1].sum().backward()
+        monitor.step()
+    monitor.flush()
+    assert [a.kind for a in told] == ["vanishing"] and told == monitor.alerts
+
+
+def test_warned_by_default():
+    layer = gk.nn.RNN(4, 16)
+    with pytest.warns(gk.flow.FlowWarning, match="Vanishing: RNN.l0, step 1, time step"):
+        last_step(layer).close()
+
+
+def test_raised_on_request():
+    layer = gk.nn.RNN(4, 16)
+    monitor = last_step(layer, raise_on=("vanishing",), on_alert=lambda alert: None)
+    monitor.step()
+    with pytest.raises(gk.flow.FlowError, match="Vanishing: RNN.l0"):
+        monitor.flush()
+
+
+def test_thresholds():
+    layer = gk.nn.RNN(4, 16)
+    never = gk.flow.Thresholds(vanishing=1e-300)
+    assert last_step(layer, thresholds=never).alerts == []
+    again = gk.nn.RNN(4, 16)
+    monitor = last_step(again, T=3, thresholds=gk.flow.Thresholds(vanishing=0.99))
+    assert kinds(monitor) == [("vanishing", "RNN.l0")] and monitor.alerts[0].threshold == 0.99
+    with pytest.raises(ValueError, match="vanishing must be between 0 and 1, got 2"):
+        gk.flow.Thresholds(vanishing=2)
+    with pytest.raises(ValueError, match="exploding must be larger than 1, got 0.5"):
+        gk.flow.Thresholds(exploding=0.5)
+
+
+def test_blocks():
+    shrink = nn.Linear(4, 4, bias=False)
+    block = gk.nn.ResidualBlock(shrink, 4, dropout=0.0, norm="post")
+    with torch.no_grad():
+        block.weight *= 1e-5
+    monitor = gk.flow.watch(block)
+    block(torch.randn(3, 4)).sum(1).square().sum().backward()
+    (alert,) = monitor.alerts
+    assert (alert.kind, alert.layer, alert.time_step, alert.direction) == ("vanishing", "ResidualBlock", None, None)
