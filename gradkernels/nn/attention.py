@@ -34,8 +34,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Arguments, parameters, errors and ``state_dict`` are torch's. What differs:
 
-    * With ``need_weights=False`` no matrix of scores is kept or made, whatever the masks, the dropout and the device. With
-      ``need_weights=True``, torch's default, and for heads wider than 256 it has to be.
+    * With ``need_weights=False`` no matrix of scores is made, whatever the masks and the dropout, unless a mask wants a gradient.
+      With ``need_weights=True``, torch's default, and for heads wider than 256 it has to be.
     * A query that sees no key has an output of ``out_proj.bias`` and weights of zero, never NaN, in training and evaluation alike.
     * ``is_causal`` means the same in evaluation: torch's fast path ignores it. It says that ``attn_mask`` is the causal mask,
       which is then not read where there are as many keys as queries.
@@ -67,11 +67,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
-        # no row of a mask is enough for its dtype to be checked
         for mask, name, other in ((key_padding_mask, "key_padding_mask", attn_mask), (attn_mask, "attn_mask", None)):
             if mask is not None:
+                empty = mask.new_empty(0)  # whose dtype is checked, and nothing else done
                 F._canonical_mask(
-                    mask[:0], name, F._none_or_dtype(other), "attn_mask", query.dtype, check_other=other is not None
+                    empty, name, F._none_or_dtype(other), "attn_mask", query.dtype, check_other=other is not None
                 )
         batched = F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
@@ -266,6 +266,7 @@ class AttentionBlock(ResidualBlock):
     Raises:
         ValueError: an unknown norm or norm_kind, dropout outside [0, 1], or heads that do not divide d_model.
         RuntimeError: shapes do not fit together.
+        TypeError: a mask of another dtype.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -308,11 +309,11 @@ class AttentionBlock(ResidualBlock):
             return self.forward(input.unsqueeze(0), mask).squeeze(0)
         if input.dim() != 3 or input.shape[2] != self.d_model:
             raise RuntimeError(f"input must be [B, T, {self.d_model}] or [T, {self.d_model}], got {list(input.shape)}")
-        T = input.shape[1]
-        if key_padding_mask is not None and key_padding_mask.shape != input.shape[:2]:
+        attn, T, mask = self.sublayer, input.shape[1], key_padding_mask
+        if mask is not None and mask.shape != input.shape[:2]:
             raise RuntimeError(
-                f"key_padding_mask must be {list(input.shape[:2])} beside input {list(input.shape)}, "
-                f"got {list(key_padding_mask.shape)}"
+                f"key_padding_mask must be {list(input.shape[:2])} beside input {list(input.shape)}, got {list(mask.shape)}"
             )
-        attn = self.sublayer
-        return self._around(input, partial(attn.of_itself, seen=attn.seen(None, key_padding_mask, self.causal, T, T)))
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"key_padding_mask must be bool or floating point, got {mask.dtype}")
+        return self._around(input, partial(attn.of_itself, seen=attn.seen(None, mask, self.causal, T, T)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from gradkernels.nn.attention import MultiheadAttention, Seen, flattened, nested
+from gradkernels.nn.attention import MultiheadAttention, flattened, nested
 from gradkernels.nn.norm import LayerNorm, added, dropped, normed, normed_sum
 from gradkernels.nn.remake import remade, remaking, rounded
 from gradkernels.ops._fused import draw_seed
@@ -43,7 +43,7 @@ def _ours(layer: nn.Module, recompute: bool) -> None:
 
 def joined(x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: Any, dropout: Any, norm_first: bool) -> Tensor:
     """x + dropout(sublayer(norm(x))) or norm(x + dropout(sublayer(x)))"""
-    if not bare(norm, dropout):
+    if not bare(norm, dropout) or tuple(norm.normalized_shape) != x.shape[-1:]:
         return x + dropout(sublayer(norm(x))) if norm_first else norm(x + dropout(sublayer(x)))
     p = dropout.p if dropout.training else 0.0
     if norm_first:
@@ -118,7 +118,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             if src_mask is not None or src_key_padding_mask is not None:
                 raise AssertionError("neither src_key_padding_mask nor src_mask are supported with NestedTensor input")
             x, cu_seqlens = flattened(src)
-            attend = partial(self.self_attn.of_itself, seen=Seen(cu_seqlens=cu_seqlens))
+            attend = lambda v: flattened(_attended(self.self_attn, *[nested(v, cu_seqlens)] * 2, None, None, False))[0]
         else:
             src_mask, src_key_padding_mask = _masks(src_mask, src_key_padding_mask, src)
             attend = lambda v: _attended(self.self_attn, v, v, src_mask, src_key_padding_mask, is_causal)
@@ -183,8 +183,8 @@ def _attended(attn, query, key, attn_mask, key_padding_mask, is_causal):
 def _masks(mask, padding, src):
     """Checked under the names by which an encoder's caller knows them; of two dtypes both become additive, as in torch."""
     mixed = mask is not None and padding is not None and mask.dtype != padding.dtype
-    rows = slice(None) if mixed else slice(0)  # no row of a mask is enough for its dtype to be checked
-    part = [v if v is None else v[rows] for v in (mask, padding)]
+    # an empty one is enough for its dtype to be checked
+    part = [v if v is None or mixed else v.new_empty(0) for v in (mask, padding)]
     part[1] = F._canonical_mask(part[1], "src_key_padding_mask", F._none_or_dtype(mask), "src_mask", src.dtype)
     part[0] = F._canonical_mask(part[0], "src_mask", None, "", src.dtype, check_other=False)
     return part if mixed else (mask, padding)

@@ -285,6 +285,7 @@ def zeros(*shape):
         ({}, (5, 2, 8), (3, 2, 8), (3, 2, 8), {"attn_mask": zeros(2, 5, 3)}),
         ({}, (5, 2, 8), (3, 2, 8), (3, 2, 8), {"attn_mask": zeros(5)}),
         ({}, (5, 8), (3, 8), (3, 8), {"attn_mask": zeros(3, 5, 3)}),
+        ({}, (5, 8), (3, 8), (3, 8), {"attn_mask": zeros()}),
         ({}, (5, 2, 8), (3, 2, 8), (3, 2, 8), {"key_padding_mask": zeros(3)}),
         ({}, (5, 8), (3, 8), (3, 8), {"key_padding_mask": zeros(2, 3)}),
         ({}, (5, 2, 8), (3, 2, 8), (3, 2, 8), {"attn_mask": zeros(5, 3).long()}),
@@ -443,3 +444,8 @@ def test_wrong_blocks(change, text):
 def test_wrong_calls_of_a_block(x, padding, text):
     with pytest.raises(RuntimeError, match=text):
         gk.nn.AttentionBlock(8, 2)(x, padding)
+
+
+def test_wrong_mask_of_a_block():
+    with pytest.raises(TypeError, match="key_padding_mask must be bool or floating point, got torch.int64"):
+        gk.nn.AttentionBlock(8, 2)(zeros(2, 5, 8), zeros(2, 5).long())

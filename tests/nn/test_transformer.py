@@ -183,6 +183,16 @@ def test_parts_put_in_the_place_of_others():
     compare(ours, theirs, [torch.randn(5, 2, D)])
 
 
+def test_a_norm_of_another_shape_is_an_error_in_the_words_of_torch():
+    raised = []
+    for layer in twins("TransformerEncoderLayer"):
+        layer.norm1 = nn.LayerNorm((2, D + 1))
+        with pytest.raises(RuntimeError) as caught:
+            layer(torch.zeros(5, 2, D))
+        raised.append(str(caught.value))
+    assert raised[0] == raised[1]
+
+
 def test_parametrized_parts():
     ours, theirs = twins("TransformerEncoderLayer")
     for layer in (ours, theirs):
@@ -249,6 +259,10 @@ def test_nested_tensors(norm_first):
     torch.testing.assert_close(list(out.unbind()), each)
     got, want = (torch.autograd.grad(sum(v.square().sum() for v in vs), parts) for vs in (out.unbind(), each))
     torch.testing.assert_close(got, want)
+    seen = []
+    ours.self_attn.register_forward_hook(lambda *_: seen.append("attention"))
+    torch.testing.assert_close(list(ours(torch.nested.as_nested_tensor(parts)).unbind()), each)
+    assert seen == ["attention"]
     with pytest.raises(AssertionError, match="NestedTensor"):
         ours(torch.nested.as_nested_tensor(parts), src_mask=causal(4))
 
