@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # However many browsers ask, and however often: training is interrupted for one snapshot in so many seconds.
 SECONDS = 0.5
 POLL_MILLISECONDS = 1000
+LOOPBACK = ("127.0.0.1", "localhost")
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",  # the token is in the address
@@ -44,7 +45,8 @@ def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1") -> Server:
         monitor: a monitor (:func:`gradkernels.flow.watch`), or a mapping from names to monitors, side by side.
         port: to listen at; 0 takes a free one.
         host: the address to listen at. Another than the loopback lets other machines ask; they need the token, and what they
-            are sent is not encrypted.
+            are sent is not encrypted. A tunnel is better: ``ssh -L 8000:127.0.0.1:<port> <machine>``, and the address printed, with
+            port 8000.
 
     Returns:
         A :class:`Server`: a context manager with ``url``, ``close()``, and ``wait()``, which keeps a script's page up after training.
@@ -78,7 +80,9 @@ class Server:
             raise type(error)(error.errno, f"cannot listen at {host}:{port}: {error.strerror}{advice}") from None
         self._http.owner = self
         self.port: int = self._http.server_address[1]
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.1,), name="gradkernels.flow.serve", daemon=True)
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, args=(0.1,), name="gradkernels.flow.serve", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -174,12 +178,12 @@ class _Handler(BaseHTTPRequestHandler):
         return HTTPStatus.NOT_FOUND, "text/plain", "There is nothing here.\n"
 
     def _asked_of_us(self) -> bool:
-        """Whether the browser meant this server: a page of another site, under a name that leads here, did not."""
-        name = self.headers.get("Host", "")
-        owner = self.server.owner
-        if owner.host in ("127.0.0.1", "localhost", "::1"):
-            return name in (f"{host}:{owner.port}" for host in ("127.0.0.1", "localhost"))
-        return True
+        """Whether the browser meant this machine: a page of another site, under a name that was made to lead here, did not.
+
+        Any port will do, as that of a tunnel.
+        """
+        name = self.headers.get("Host", "").rpartition(":")[0]
+        return self.server.owner.host not in LOOPBACK or name in LOOPBACK
 
     def _knows_token(self, query: Mapping[str, list[str]]) -> bool:
         return hmac.compare_digest(query.get("token", [""])[0].encode(), self.server.owner.token.encode())

@@ -71,7 +71,9 @@ def test_nothing_without_the_token(server, path, token):
 def test_other_names_for_this_machine_are_refused(server):
     """A page of another site, whose name was made to lead here, must not read along."""
     assert ask(server, Host=f"evil.example:{server.port}")[0] == 403
+    assert ask(server, Host="evil.example")[0] == ask(server, Host="")[0] == 403
     assert ask(server, Host=f"localhost:{server.port}")[0] == 200
+    assert ask(server, Host="127.0.0.1:8000")[0] == 200  # through a tunnel
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
