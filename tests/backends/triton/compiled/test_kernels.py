@@ -17,8 +17,9 @@ NUMBERS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 SMALL = {"bf16": 64, "fp16": 63, "tf32": 32, "fp32": 16, "fp64": 16}  # units of which one program keeps the matrix
 BATCHES = (64, 16, 1024)
 # Bytes of a thread: a frame of one value; in the largest tiles some more, which is little beside the chunks; the sine of a large
-# angle has a table there.
-SPILLED, SPILLED_LARGE, SPILLED_SINE = 8, 128, 32
+# angle has a table there; norms inside the step have more planes than there are registers, and more warps would spill more.
+SPILLED, SPILLED_LARGE = 8, 128
+SPILLED_BY = {"vocabulary": 32, "lstm_layer_norm": 160}
 
 shift = 1 if triton.__version__ < "3.7" else 0
 KINDS = [
@@ -48,7 +49,7 @@ CASES += [
 EXTRA = [
     (Call("lstm_peephole", "bf16", 64), 90, True),
     (Call("lstm_peephole", "fp16", 1024), 80, False),
-    (Call("lstm_layer_norm", "bf16", 32, norms=True), 100, True),
+    (Call("lstm_layer_norm", "bf16", 64, norms=True), 100, True),
     (Call("lstm_layer_norm", "bf16", 512, B=256, norms=True), 90, False),
     (Call("gru_layer_norm", "fp32", 200, layout="lengths"), 80, False),
     (Call("slstm", "bf16", 64), 90, True),
@@ -76,7 +77,7 @@ def test_compiles(call, architecture, resident, monkeypatch):
             f"{call} sm_{architecture} {kernel.name}: {registers} registers, {spilled} B spilled, {kernel.shared} B shared"
         )
         assert 16 <= registers <= 255 and kernel.shared <= offline.SHARED[architecture]
-        most = SPILLED_LARGE if call.B > 512 else SPILLED_SINE if call.cell == "vocabulary" else SPILLED
+        most = SPILLED_LARGE if call.B > 512 else SPILLED_BY.get(call.cell, SPILLED)
         assert spilled <= most, kernel.name
 
 
