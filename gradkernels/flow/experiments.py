@@ -110,6 +110,8 @@ def architectures(
 ) -> Comparison:
     """Architectures of `ARCHITECTURES`, by ||dL/dx_t||: a state that is multiplied, one that gates keep, and ways past time.
 
+    Of several time scales the slow ones take every 4th, 16th and 64th step: what reaches far are these, not the steps between.
+
     `options` are those of `compare`, here and below.
     """
     models = made({name: ARCHITECTURES[name] for name in names})

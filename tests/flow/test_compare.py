@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +232,9 @@ def test_activations():
         else:
             assert abs(measured.log10[0] - line.log10[0]) < 0.5
     assert found.curve("sigmoid").ratio < -29.5 < found.curve("relu").ratio < found.curve("tanh").ratio
+
+
+@pytest.mark.slow
+def test_readme_shows_what_is_measured():
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    assert f"```text\n{gk.flow.compare()}\n```" in readme.read_text()
