@@ -7,6 +7,7 @@ it, as does a parameter torch.float64. Where there is no GPU there are no tests 
 import pytest
 import torch
 
+import gradkernels.flow  # noqa: F401 - or pytest, collecting doctests file by file, puts modules in the place of functions there
 from gradkernels.backends import backends, choose
 from gradkernels.cells import CELLS
 from tests import place
