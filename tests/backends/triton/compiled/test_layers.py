@@ -15,7 +15,8 @@ from tests.backends.triton.compiled import offline
 from tests.backends.triton.compiled.calls import DTYPES
 
 ARCHITECTURES = (80, 90, 100)
-SPILLED, SPILLED_LARGE = 64, 144  # bytes of a thread; in the longest rows, and where an address is needed for every value
+# Bytes of a thread; and in the longest rows, and where an address is needed for every value.
+SPILLED, SPILLED_LARGE = 64, 144
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 shift = 1 if triton.__version__ < "3.7" else 0
 
