@@ -106,7 +106,8 @@ def test_a_page_that_asks_oddly_gets_everything(server, seen):
     assert status == 200 and json.loads(body)["runs"][0]["have"] == 0
 
 
-def test_many_browsers_cost_one_snapshot(run):
+def test_many_browsers_cost_one_snapshot(run, monkeypatch):
+    monkeypatch.setattr(sys.modules["gradkernels.flow.serve"], "SECONDS", 3600.0)
     with gk.flow.serve(run) as server:
         before = run.looks
         threads = [threading.Thread(target=data, args=(server,)) for _ in range(8)]
@@ -142,8 +143,9 @@ def test_a_browser_that_goes_away_is_not_an_error(server, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_training_goes_on_while_it_is_read():
+def test_training_goes_on_while_it_is_read(monkeypatch):
     """A real monitor, read as fast as it can be while it trains: every step is taken, and the last is seen."""
+    monkeypatch.setattr(sys.modules["gradkernels.flow.serve"], "SECONDS", 0.0)
     import torch
 
     model = gk.nn.GRU(3, 8)
@@ -164,7 +166,6 @@ def test_training_goes_on_while_it_is_read():
             optimizer.zero_grad()
         done.set()
         reader.join()
-        time.sleep(0.6)
         _, found = data(server)
         assert statuses == {200} and found["runs"][0]["steps"] == list(range(1, 101))
 
