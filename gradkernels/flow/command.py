@@ -7,6 +7,7 @@ steps back; how far it gets at first, and how that changes, is what the page sho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ import gradkernels as gk
 from gradkernels.cells import CELLS
 from gradkernels.progress import Progress
 
+LENGTHS = (10, 50, 100, 200)  # that the untrained layers are compared over
 SYMBOLS = 8  # to remember one of; as many others follow it
 INITS: dict[str, Callable[[nn.Module, int], object]] = {
     "default": lambda module, length: None,
@@ -34,13 +36,20 @@ INITS: dict[str, Callable[[nn.Module, int], object]] = {
 DEFAULT = (("rnn_tanh", "default"), ("lstm", "default"), ("lstm", "chrono"))
 
 
+def recurrent(cell: str, init: str, hidden: int, length: int) -> nn.Module:
+    """A layer as wide as its input, with its initial weights for sequences of `length`."""
+    layer = gk.nn.Recurrent(cell, hidden, hidden)
+    INITS[init](layer, length)
+    return layer
+
+
 class Recall(nn.Module):
     """Names the first of the symbols [T, B] that it has read: logits [B, SYMBOLS]."""
 
-    def __init__(self, cell: str, hidden: int) -> None:
+    def __init__(self, cell: str, init: str, hidden: int, length: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(2 * SYMBOLS, hidden)
-        self.recurrent = gk.nn.Recurrent(cell, hidden, hidden)
+        self.recurrent = recurrent(cell, init, hidden, length)
         self.head = nn.Linear(hidden, SYMBOLS)
 
     def forward(self, symbols: Tensor) -> Tensor:
@@ -95,24 +104,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, progress going to stderr")
 
 
-def train(args: argparse.Namespace, out: TextIO, show: Callable[[Any], object]) -> dict[str, Any]:
-    """What became of each run: its monitor, losses and alerts; `show` is given the monitors before the first step."""
+def train(args: argparse.Namespace, out: TextIO, show: Callable[..., object]) -> dict[str, Any]:
+    """What became of each run: its monitor, losses and alerts; `show` is given the monitors before the first step, and a comparison of
+    the untrained layers."""
     found: dict[str, Any] = {}
+    makers: dict[str, Callable[[], nn.Module]] = {}
     with ExitStack() as stack:
         for cell, init in args.runs or DEFAULT:
             name = cell if init == "default" else f"{cell}:{init}"
             torch.manual_seed(args.seed)
-            model = Recall(cell, args.hidden)
             try:
-                INITS[init](model.recurrent, args.length)
+                model = Recall(cell, init, args.hidden, args.length)
             except ValueError as error:
                 raise Refused(f"{name}: {error}") from None
+            makers[name] = functools.partial(recurrent, cell, init, args.hidden, args.length)
             alerts: list[gk.flow.Alert] = []
             spectra = max(1, args.steps // 40)
             monitor = stack.enter_context(gk.flow.watch(model, spectra=spectra, on_alert=alerts.append))
             optimizer = torch.optim.Adam(model.parameters(), args.rate)
             found[name] = {"monitor": monitor, "model": model, "optimizer": optimizer, "losses": [], "alerts": alerts}
-        show({name: one["monitor"] for name, one in found.items()})
+        monitors = {name: one["monitor"] for name, one in found.items()}
+        untrained = gk.flow.compare(
+            makers, LENGTHS, input_size=args.hidden, batch=4, signal="h", title="before training"
+        )
+        show(monitors, untrained)
         print(
             f"Models of {args.hidden} units name the first of {args.length} symbols after the last; "
             f"{args.steps} steps of {args.batch} sequences.",
@@ -124,7 +139,7 @@ def train(args: argparse.Namespace, out: TextIO, show: Callable[[Any], object]) 
                     for name, one in found.items():
                         progress.advance(name, 1, f"loss {step(one, symbols, targets):.4f}")
         finally:  # also of a run that is broken off
-            gk.flow.report({name: one["monitor"] for name, one in found.items()}, args.html)
+            gk.flow.report(monitors, args.html, comparison=untrained)
     return found
 
 
@@ -167,10 +182,11 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json else sys.stdout
     server: list[gk.flow.Server] = []
 
-    def show(source: Any) -> None:
-        gk.flow.report(source, args.html)  # a path that cannot be written is known before an hour of training
+    def show(source: Any, comparison: Any = None) -> None:
+        # A path that cannot be written is known before an hour of training.
+        gk.flow.report(source, args.html, comparison=comparison)
         if args.live:
-            server.append(gk.flow.serve(source, args.port))
+            server.append(gk.flow.serve(source, args.port, comparison=comparison))
 
     try:
         found = read(args, show) if args.read else train(args, out, show)

@@ -60,14 +60,15 @@ def report(monitor: Any, path: str | Path, *, comparison: Any = None) -> Path:
     '<!doctype html>'
     """
     path = Path(path)
-    text = page(payload(monitor) | {"comparison": _comparison(comparison)})
+    text = page(payload(monitor) | {"comparison": as_json(comparison)})
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the report cannot be written to {path}: there is no folder {path.parent}")
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _comparison(comparison: Any) -> Mapping[str, Any] | None:
+def as_json(comparison: Any) -> Mapping[str, Any] | None:
+    """A comparison as a page is given it."""
     if callable(getattr(comparison, "to_dict", None)):
         comparison = comparison.to_dict()
     if comparison is not None and not isinstance(comparison, Mapping):

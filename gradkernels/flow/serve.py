@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from gradkernels.flow.payload import Snapshot, last, payload, snapshots
-from gradkernels.flow.report import page
+from gradkernels.flow.report import as_json, page
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +34,7 @@ HEADERS = {
 }
 
 
-def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1") -> Server:
+def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1", *, comparison: Any = None) -> Server:
     """Show a training run in the browser while it goes on: the page of :func:`report`, which keeps itself up to date.
 
     The address, with the token that it takes to see the page, is printed to stderr and is the ``url`` of what is returned. Training
@@ -47,12 +47,13 @@ def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1") -> Server:
         host: the address to listen at. Another than the loopback lets other machines ask; they need the token, and what they
             are sent is not encrypted. A tunnel is better: ``ssh -L 8000:127.0.0.1:<port> <machine>``, and the address printed, with
             port 8000.
+        comparison: what :func:`gradkernels.flow.compare` returned, or its ``to_dict()``, to be shown too.
 
     Returns:
         A :class:`Server`: a context manager with ``url``, ``close()``, and ``wait()``, which keeps a script's page up after training.
 
     Raises:
-        TypeError: `monitor` is something else.
+        TypeError: `monitor` or `comparison` is something else.
         OSError: the port is taken, or the host is not an address of this machine.
 
     >>> nothing = {"format": 1, "model": "Model", "every": 1, "step": 0, "steps": [], "layers": []}
@@ -60,7 +61,7 @@ def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1") -> Server:
     ...     server.url.startswith("http://127.0.0.1:")
     True
     """
-    server = Server(monitor, port, host)
+    server = Server(monitor, port, host, comparison)
     print(f"gradient flow: {server.url}", file=sys.stderr, flush=True)
     return server
 
@@ -68,8 +69,9 @@ def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1") -> Server:
 class Server:
     """A thread that answers browsers; see :func:`serve`."""
 
-    def __init__(self, monitor: Any, port: int = 0, host: str = "127.0.0.1") -> None:
+    def __init__(self, monitor: Any, port: int = 0, host: str = "127.0.0.1", comparison: Any = None) -> None:
         snapshots(monitor)  # raises here, and not in a thread that nobody sees
+        self.comparison = as_json(comparison)
         self._monitor, self.host, self.token = monitor, host, secrets.token_urlsafe(16)
         self._snapshots: dict[str, Snapshot] = {}
         self._taken, self._lock, self._complaint = -math.inf, threading.Lock(), ""
@@ -164,10 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         """What there is at a path: the arguments of `_answer`."""
         owner = self.server.owner
         if path == "/":
-            live = {"live": {"milliseconds": POLL_MILLISECONDS}, "comparison": None}
+            live = {"live": {"milliseconds": POLL_MILLISECONDS}, "comparison": owner.comparison}
             return HTTPStatus.OK, "text/html", page(payload(owner.current()) | live, connect=True)
         if path == "/report.html":
-            data = payload(owner.current()) | {"comparison": None}
+            data = payload(owner.current()) | {"comparison": owner.comparison}
             return HTTPStatus.OK, "text/html", page(data), "gradient-flow.html"
         if path == "/data":
             found, seen = owner.current(), _seen(query)

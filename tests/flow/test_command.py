@@ -24,8 +24,12 @@ def out(tmp_path, monkeypatch):
     return tmp_path / "flow.html"
 
 
+def data_in(text):
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
 def runs_in(path):
-    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])["runs"]
+    return data_in(path.read_text())["runs"]
 
 
 def test_models_are_trained_side_by_side(out, capsys):
@@ -34,6 +38,8 @@ def test_models_are_trained_side_by_side(out, capsys):
     names = ["rnn_tanh", "lstm", "lstm:chrono"]
     assert [run["name"] for run in runs_in(out)] == names and all(run["steps"] == [1, 2, 3] for run in runs_in(out))
     assert re.findall(r"^(\S+) +\d\.\d+ +\d of 5 +\d of 5$", text, re.MULTILINE) == names
+    untrained = data_in(out.read_text())["comparison"]
+    assert [model["name"] for model in untrained["models"]] == names and untrained["lengths"] == [10, 50, 100, 200]
     assert re.search(rf"^guessing +{math.log(8):.4f}$", text, re.MULTILINE) and "The report is in flow.html." in text
 
 
@@ -106,9 +112,7 @@ def test_live(out, monkeypatch, capsys):
     monkeypatch.setattr(module.Server, "wait", interrupted)
     monkeypatch.setattr(module, "SECONDS", 0.0)
     assert main(["flow", "--live", *TINY]) == 0
-    steps = [
-        json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["runs"][0]["steps"] for page in pages
-    ]
+    steps = [data_in(page)["runs"][0]["steps"] for page in pages]
     assert steps == [[], [1, 2, 3]]
     assert re.search(r"The page stays at http://127.0.0.1:\d+/\?token=\S+ until Ctrl-C", capsys.readouterr().out)
 

@@ -21,6 +21,7 @@ DARK, LIGHT = "rgb(20, 23, 27)", "rgb(251, 251, 249)"
 
 @pytest.fixture(scope="module")
 def browser():
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium())
         yield browser

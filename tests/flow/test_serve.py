@@ -225,3 +225,11 @@ def test_several_runs(monkeypatch):
     with gk.flow.serve({"a": snapshot(), "b": snapshot(2)}) as server:
         assert [run["name"] for run in data(server)[1]["runs"]] == ["a", "b"]
         assert data(server, {"a": [5, -1], "b": [2, -1]})[0] == 204
+
+
+def test_a_comparison_is_shown_too(run):
+    with gk.flow.serve(run, comparison={"title": "Before"}) as server:
+        for path in ("/", "/report.html"):
+            assert '"comparison":{"title":"Before"}' in ask(server, path)[2]
+    with pytest.raises(TypeError, match=r"comparison: expected what gk.flow.compare returns, got int"):
+        gk.flow.serve(run, comparison=3)
