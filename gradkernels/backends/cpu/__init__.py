@@ -185,7 +185,7 @@ def backward(
     dr = like(gates and bool(cell.split), GH, rows=True)
     v = like(gates and bool(cell.second), H, rows=True)
     dproj = like(gates and weight_hr is not None, R, rows=True)
-    dp = like(gates and cell.P > 0, cell.P * H, rows=True)
+    dp = like(gates and cell.P > 0 and need[6], cell.P * H, rows=True)
     weights = [w and not gates for w in need]
     dx = like(weights[0] and weight_ih is not None, x.shape[-1], rows=True)
     dw_ih, db_ih = like(weights[1], GH, x.shape[-1]), like(weights[2], GH)

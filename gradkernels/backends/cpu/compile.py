@@ -85,16 +85,20 @@ def entries(cell: Cell, storage: str, isa: str) -> tuple[int, int]:
     return address("gk_forward"), address("gk_backward")
 
 
+def _name(cell: Cell, storage: str, isa: str) -> str:
+    """Of everything that a library is made of."""
+    flags = toolchain.FLAGS, toolchain.INSTRUCTION_SETS[isa]
+    return cache.key([header(cell), *_texts(), *flags, storage, _version()])
+
+
 def _library(cell: Cell, storage: str, isa: str) -> Path:
-    flags = toolchain.INSTRUCTION_SETS[isa]
-    name = cache.key([header(cell), *_texts(), toolchain.FLAGS, flags, storage, _version()])
-    folder = _folder()
+    folder, name = _folder(), _name(cell, storage, isa)
     target = folder / f"{name}.so"
     if target.exists():
         return target
     with _alone(folder / f"{name}.lock"):
         if not target.exists():  # nobody else was at it
-            _compile(cell, storage, flags, target)
+            _compile(cell, storage, toolchain.INSTRUCTION_SETS[isa], target)
     return target
 
 

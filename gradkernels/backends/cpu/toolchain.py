@@ -102,7 +102,8 @@ def build(folder: Path, lines: Iterable[str], quiet: bool = False) -> None:
         done = subprocess.run(command, check=False, capture_output=quiet, text=True)
     except OSError as error:
         raise CompileError(f"ninja does not run: {error}") from error
+    if done.returncode and quiet:
+        errors = [line for line in done.stdout.splitlines() if "error" in line]
+        raise CompileError("\n".join(errors[:8]) or done.stdout[-2000:])
     if done.returncode:
-        raise CompileError(
-            done.stdout[-4000:] if quiet else "the compiler failed; its message is above (pip shows it with -v)"
-        )
+        raise CompileError("the compiler failed; its message is above (pip shows it with -v)")
