@@ -99,8 +99,8 @@ def test_live(out, monkeypatch, capsys):
     pages = []
     serve, module = gk.flow.serve, sys.modules["gradkernels.flow.serve"]
 
-    def begin(*arguments):
-        server = serve(*arguments)
+    def begin(*arguments, **others):
+        server = serve(*arguments, **others)
         pages.append(urlopen(server.url).read().decode())
         return server
 
