@@ -59,7 +59,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 # Stamped only when there is something to show: with a compiler installed later, the next call builds.
-$(STAMPS)/built: setup.py $(KERNELS) $(STAMPS)/venv
+$(STAMPS)/built: setup.py gradkernels/backends/cpu/toolchain.py $(KERNELS) $(STAMPS)/venv
 	@GRADKERNELS_REQUIRE_COMPILED=$${GRADKERNELS_REQUIRE_COMPILED:-0} $(PY) setup.py -q build_ext --inplace
 	@if ls gradkernels/_cpu_*.so >/dev/null 2>&1; then touch $@; fi
 
