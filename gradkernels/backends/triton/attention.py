@@ -20,7 +20,7 @@ from gradkernels.backends import reference, triton
 from gradkernels.backends._sequence import _on
 from gradkernels.backends.reference.philox import limit
 
-NARROW = 1024  # bytes of a row of which tiles fit into every GPU's shared memory
+NARROW = 512  # bytes of a row of which tiles fit into every GPU's shared memory
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *tensors: Any, **_: Any) -> str | None:

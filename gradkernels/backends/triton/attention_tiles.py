@@ -53,10 +53,17 @@ class Shape:
 
 # Bytes of a row of queries -> tiles, the best first; the first that fits into shared memory is taken.
 Rows = dict[int, list[Tile]]
+BIAS: Rows = {
+    128: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)],
+    256: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)],
+    512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)],
+    1024: [Tile(16, 16, 4, 1)],
+}
 HOPPER: dict[str, Rows] = {  # whose products are made by four warps together
     "forward": {128: [Tile(128, 64, 8, 3)], 256: [Tile(128, 64, 8, 3)], 512: [Tile(64, 32, 8, 2)]},
     "queries": {128: [Tile(128, 64, 8, 2)], 256: [Tile(128, 32, 8, 2)], 512: [Tile(32, 32, 4, 2)]},
     "keys": {128: [Tile(32, 128, 8, 2)], 256: [Tile(32, 128, 8, 2)], 512: [Tile(32, 32, 8, 2)]},
+    "bias": BIAS,
 }
 TENSOR_CORES: dict[str, Rows] = {
     "forward": {
@@ -77,11 +84,13 @@ TENSOR_CORES: dict[str, Rows] = {
         512: [Tile(32, 32, 8, 2), Tile(16, 16, 4, 1)],
         1024: [Tile(16, 16, 4, 1)],
     },
+    "bias": BIAS,
 }
 ONE_BY_ONE: dict[str, Rows] = {  # products that are single operations, of all factors in registers
     "forward": {256: [Tile(64, 32, 8, 2)], 512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 4, 1)]},
-    "queries": {256: [Tile(32, 32, 4, 2)], 512: [Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 4, 1)]},
-    "keys": {256: [Tile(32, 32, 8, 2)], 512: [Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 4, 1)]},
+    "queries": {512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)], 1024: [Tile(16, 16, 4, 2)], 2048: [Tile(16, 16, 8, 1)]},
+    "keys": {256: [Tile(32, 32, 8, 2)], 1024: [Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 8, 1)]},
+    "bias": {256: [Tile(32, 32, 4, 1)], 1024: [Tile(16, 16, 4, 2)], 2048: [Tile(16, 16, 8, 1)]},
 }
 
 # (version of Triton, compute capability, widest of D and E, dropout) -> the tile of forward with warps of their own for loads.
@@ -137,8 +146,7 @@ def choose(
     table = TENSOR_CORES if number.tensor_cores else ONE_BY_ONE
     if arch == 90 and number.bytes == 2:
         table = HOPPER
-    by_rows = table["queries" if kernel == "bias" else kernel]
-    tiles = next(tiles for row, tiles in by_rows.items() if row >= width * number.bytes)
+    tiles = next(tiles for row, tiles in table[kernel].items() if row >= width * number.bytes)
     for tile in tiles:
         if memory(kernel, tile, width, number.bytes, dropout) <= at.shared:
             if short and kernel in (
