@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import gradkernels as gk
 from gradkernels.backends.reference import causal_conv1d as definition
 from gradkernels.backends.triton import causal_conv1d as kernels
-from gradkernels.backends.triton.launch import Limits, launch
+from gradkernels.backends.triton import launch
+from gradkernels.backends.triton.launch import Limits
 from tests.close import assert_close_to_truth
 
 # B, T, C, O, K, dilation, bias: more tokens and channels than a tile, tokens that a tile shares between sequences, taps
@@ -59,12 +60,11 @@ def test_values_and_gradients(shape, dtype):
 
 def test_a_program_adds_up_many_runs(monkeypatch):
     """Of tokens, for the gradient of the weights."""
-    monkeypatch.setattr(kernels, "limits", lambda: Limits(64 << 10, 600, False, True))
+    monkeypatch.setattr(launch, "limits", lambda: Limits(64 << 10, 600, False, True))
     given = tensors((3, 351, 4, 5, 2, 30, True), torch.float32)
-    launched = []
-    monkeypatch.setattr(
-        kernels, "launch", lambda kernel, grid, *rest: (launched.append(grid), launch(kernel, grid, *rest))
-    )
+    launched, launch_one = [], launch.launch
+    note = lambda kernel, grid, *rest: (launched.append(grid), launch_one(kernel, grid, *rest))
+    monkeypatch.setattr(launch, "launch", note)
     got = run(ours, given, 30, torch.float32)
     assert [grid[2] for grid in launched if len(grid) == 3] == [5]
     peer, truth = (run(theirs, given, 30, d) for d in (torch.float32, torch.double))

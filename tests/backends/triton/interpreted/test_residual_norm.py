@@ -7,6 +7,7 @@ import torch
 
 import gradkernels as gk
 from gradkernels.backends.reference import residual_norm as definition
+from gradkernels.backends.triton import launch
 from gradkernels.backends.triton import residual_norm as kernels
 from gradkernels.backends.triton.launch import Limits
 from tests.close import assert_close_to_truth
@@ -60,7 +61,7 @@ def narrow(monkeypatch):
     """Rows of more than 16 values do not stay in registers, and one program at a time walks all rows of its part."""
     monkeypatch.setattr(kernels, "WIDEST", dict.fromkeys(kernels.WIDEST, (16, 16, 16)))
     monkeypatch.setattr(kernels, "CHUNK", 16)
-    monkeypatch.setattr(kernels, "limits", lambda: Limits(64 << 10, 1, False, True))
+    monkeypatch.setattr(launch, "limits", lambda: Limits(64 << 10, 1, False, True))
 
 
 @pytest.mark.parametrize("kind", ("layer", "rms"))
@@ -78,7 +79,7 @@ def test_a_row_of_forty_thousand():
 @pytest.mark.parametrize("kind, multiprocessors, shape", (("rms", 1, (71, 130)), ("layer", 600, (129, 513))))
 def test_a_program_walks_many_rows(kind, multiprocessors, shape, monkeypatch):
     """On a GPU with one multiprocessor; and on one with many, more programs than their reduction takes at a time."""
-    monkeypatch.setattr(kernels, "limits", lambda: Limits(64 << 10, multiprocessors, False, True))
+    monkeypatch.setattr(launch, "limits", lambda: Limits(64 << 10, multiprocessors, False, True))
     compare(tensors(shape, torch.float32), torch.float32, kind)
 
 
@@ -165,7 +166,7 @@ def test_tensors_of_any_layout():
 
 
 def test_the_same_bits_in_every_run(monkeypatch):
-    monkeypatch.setattr(kernels, "limits", lambda: Limits(64 << 10, 3, False, True))
+    monkeypatch.setattr(launch, "limits", lambda: Limits(64 << 10, 3, False, True))
     args = tensors((50, 130), torch.float32)
     one, two = (run(args, torch.float32, p=0.1) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(one, two) for k in a)
