@@ -46,7 +46,7 @@ class Thresholds:
     """Beyond which a value is an alert."""
 
     vanishing: float = HORIZON  # ||dL/dh|| over that of the last step; over a block, entrance over exit
-    exploding: float = 1e3  # the same
+    exploding: float = 1e3  # the same; of norms that are larger than 1, and than those of the layers above
     saturated: float = 0.9  # share of an activation's values within 5 % of an end of its range, over all steps
     dead: float = 0.1  # share of a layer's units that no gradient reaches
     stalled: float = 1e-6  # ||new - old|| / ||old|| of a group that has a gradient
@@ -101,13 +101,15 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
     if any(flow.broken for flow in record.layers.values()):
         return  # other numbers mean nothing then
     low, high = math.log10(thresholds.vanishing), math.log10(thresholds.exploding)
+    above = _above(record)
     for name, flow in record.layers.items():
         layer, reached = layers[name], flow.reached
         vanishes = reached is not None and reached.start < low
         if reached is not None and reached.start < low:
             say = partial(_vanishing, flow, layer, thresholds.vanishing)
             yield Candidate("vanishing", name, 10.0**reached.start, thresholds.vanishing, say)
-        if reached is not None and reached.top > high:
+        # Where the loss comes in little by little norms grow without an explosion: it has to be more than comes from above.
+        if reached is not None and reached.top > high and reached.peak > max(0.0, above[name] + 1):
             yield Candidate(
                 "exploding", name, 10.0**reached.top, thresholds.exploding, partial(_exploding, flow, layer)
             )
@@ -137,6 +139,16 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
         if moved is not None and group.grad > 0 and moved < thresholds.stalled:
             text = f"an update changes the weights by {moved:.0e} of their norm"
             yield Candidate("stalled", name, moved, thresholds.stalled, partial(_plain, text))
+
+
+def _above(record: Record) -> dict[str, float]:
+    """log10 of the largest norm in any of the layers that come after a layer."""
+    found, largest = {}, -math.inf
+    for name, flow in reversed(record.layers.items()):
+        found[name] = largest
+        if flow.reached is not None:
+            largest = max(largest, flow.reached.peak)
+    return found
 
 
 def written(found: Candidate, record: Record, layers: dict[str, Layer]) -> Alert:

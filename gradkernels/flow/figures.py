@@ -63,7 +63,7 @@ def heatmap(monitor: Monitor, layer: str | None = None, signal: str | None = Non
     mesh = ax.pcolormesh(edges, np.arange(longest + 1), values, cmap="viridis", rasterized=True)
     if np.isfinite(line).any() and (signal in known.states[:1] or not known.states):
         ax.step(edges, np.append(line, line[-1]) + 0.5, where="post", color="white", lw=1, label="memory horizon")
-        ax.legend(loc="lower right", framealpha=0.6, fontsize="small")
+        ax.legend(loc="lower right", facecolor="black", labelcolor="white", framealpha=0.5, fontsize="small")
     ax.invert_yaxis()
     ax.set(xlabel="optimizer step", ylabel="time step", title=f"{known.name}: log10 ||dL/d{signal}$_t$||")
     ax.figure.colorbar(mesh, ax=ax)

@@ -53,6 +53,7 @@ class Reach(NamedTuple):
     last: int  # how many steps before the end that is
     start: float  # decades of change until the other end of the sequence; -inf: zeros there
     top: float  # decades of change where it is largest
+    peak: float  # log10 of the norm there
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradkernels.flow.history import Block, Flow, Group, Layer, Reach, Record
 from gradkernels.flow.numbers import Array, changes, decays, from_the_end, horizons, log10_norm
-from gradkernels.flow.taps import Residual
+from gradkernels.flow.points import Residual
 
 Key = tuple[Any, int]  # a point, and the number of its layer
 
@@ -123,6 +123,7 @@ def reach(back: Array) -> list[Reach | None]:
     if not back.size:
         return [None] * len(back)
     first, change = changes(back)
-    finite = np.where(np.isfinite(change), change, -np.inf)
-    rows = zip(first.tolist(), change[:, -1].tolist(), finite.max(1).tolist())
+    top = np.where(np.isfinite(change), change, -np.inf).max(1)
+    peak = back[np.arange(len(back)), first] + top
+    rows = zip(first.tolist(), change[:, -1].tolist(), top.tolist(), peak.tolist())
     return [Reach(*row) if row[2] > -np.inf else None for row in rows]

@@ -2,268 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradkernels.flow.alerts import ADVICE, Alert, Alerts, FlowError, FlowWarning, Thresholds
-from gradkernels.flow.history import History, Layer, Record
+from gradkernels.flow.alerts import Alert
+from gradkernels.flow.history import Record
 from gradkernels.flow.measure import Step, records
-from gradkernels.flow.ranks import group_of, reduce
+from gradkernels.flow.recorder import NOTHING, Recorder
 from gradkernels.flow.snapshot import snapshot
-from gradkernels.flow.taps import DETAILS, NORMS, OFF, Sequence, points
-from gradkernels.flow.weights import Weights, groups
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-DETAILED = (
-    64  # of so many recorded steps one measures everything; before that the first, second, third, fifth, ninth ...
-)
-TOGETHER = 64  # recorded steps are read together
-TOGETHER_RANKS = 16  # and summed over ranks
-SKIPS = 10  # steps that a scaler may skip, one after the other, until its scale fits
-SPECTRA = 64  # steps with spectra that are kept
-WAIT = 1.0  # seconds, after which fewer are read
-
-_watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Monitor]] = weakref.WeakKeyDictionary()
 
 
-class Monitor:
-    """What :func:`watch` returns; a context manager.
+class Monitor(Recorder):
+    """What :func:`watch` returns; a context manager. Here is what one can ask it.
 
     Attributes:
         step_count: optimizer steps seen so far.
         layers: the recurrent layers and directions that are watched, by name.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        every: int = 1,
-        scaler: Any = None,
-        *,
-        keep: int = 512,
-        spectra: int | None = None,
-        clip: float | None = None,
-        thresholds: Thresholds | None = None,
-        on_alert: Callable[[Alert], object] | None = None,
-        raise_on: Iterable[str] = (),
-        log: Iterable[Callable[[Record], object]] = (),
-        group: Any = None,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not any(True for _ in model.parameters()):
-            raise ValueError(f"{type(model).__name__} has no parameters: no gradient flows through it")
-        for name, value in (("every", every), ("keep", keep), ("spectra", spectra)):
-            if value is not None and (not isinstance(value, int) or value < (2 if name == "keep" else 1)):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        self.raise_on = frozenset(raise_on)
-        if unknown := self.raise_on - ADVICE.keys():
-            raise ValueError(f"unknown kind of alert {min(unknown)!r} in raise_on; kinds are {', '.join(ADVICE)}")
-        for module in model.modules():
-            if (other := _watched.get(module)) is not None and other() is not None:
-                raise RuntimeError(
-                    f"{type(module).__name__} is watched already; close the other monitor first, or watch the whole model once"
-                )
-        self.every, self.scaler, self.clip, self.spectra = every, scaler, clip, spectra
-        self.thresholds = thresholds or Thresholds()
-        self.on_alert, self.log = on_alert, list(log)
-        self.model, self.group = weakref.ref(model), group or group_of(model)
-        self.name = type(unwrapped(model)).__name__
-        self.step_count = 0
-        self.device = next(model.parameters()).device
-        self._points = points(model)
-        self.layers: dict[str, Layer] = {
-            layer.name: layer for point in self._points if isinstance(point, Sequence) for layer in point.layers
-        }
-        if spectra is not None and not self.layers:
-            raise ValueError(f"spectra are those of recurrent layers, and {self.name} has none")
-        self._history, self._alerts = History(keep), Alerts(patience=0 if scaler is None else SKIPS)
-        self._pending: list[Step] = []
-        self._untold: list[tuple[Record, list[Alert]]] = []
-        self._short: set[Sequence] = set()
-        self._lock = threading.RLock()
-        self._clips = [0, 0]  # steps clipped, of how many
-        self._spectra: list[list[dict[str, Any]]] = []  # by step
-        self._nonfinite: Alert | None = None
-        self._silent, self._closed, self._read = 0, False, time.monotonic()
-        self._weights = Weights(model)
-        self._mine: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        for module in model.modules():
-            _watched[module] = weakref.ref(self)
-        self._hook(model)
-        self._arm()
-
-    # ------ the hot path
-
-    def _hook(self, model: nn.Module) -> None:
-        me = weakref.ref(self)  # the registry is global: it must keep neither the monitor nor the model alive
-
-        def before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            if (it := me()) is not None:
-                it._before_update(optimizer)
-
-        def after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            if (it := me()) is not None and it.scaler is None and it._updates(optimizer):
-                it.step()
-
-        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        if self.scaler is not None:  # a step that is skipped never reaches the optimizer, and it is one worth seeing
-            update = self.scaler.update
-
-            def updated(*args: Any, **kwargs: Any) -> Any:
-                if (it := me()) is not None:
-                    it.step()
-                return update(*args, **kwargs)
-
-            self.scaler.update = updated
-        self._finalizer = weakref.finalize(self, _release, handles, self._points, self.scaler)
-
-    def _updates(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer has a parameter of the model."""
-        if optimizer not in self._mine:
-            if (model := self.model()) is not None:
-                self._weights.groups = groups(model)  # a wrapper may have replaced parameters since
-            self._mine[optimizer] = self._weights.touched_by(optimizer)
-        return self._mine[optimizer]
-
-    @property
-    def _level(self) -> int:
-        """What the step under way measures."""
-        if self._closed or self.step_count % self.every:
-            return OFF
-        index = self.step_count // self.every
-        return DETAILS if index % DETAILED == 0 or (index < DETAILED and not index & (index - 1)) else NORMS
-
-    def _arm(self) -> None:
-        level = self._level
-        for point in self._points:
-            if point.level != level:
-                point.arm(level)
-
-    def _before_update(self, optimizer: Optimizer) -> None:
-        if self._level == DETAILS and self._updates(optimizer):
-            self._weights.keep(optimizer)
-
-    def step(self) -> None:
-        """Take what has been measured since the last call: an optimizer step is over.
-
-        Called by the optimizer's own step, or by that of the scaler; by hand where neither runs in Python. Nothing is computed
-        and nobody waits: references change hands.
-        """
-        if self._closed:
-            return
-        level = self._level
-        if level != OFF:
-            with self._lock:
-                self._collect(level)
-        self.step_count += 1
-        if self._level != level:
-            self._arm()
-        if self.spectra is not None and (self.step_count - 1) % self.spectra == 0:
-            self._take_spectra()
-        many = len(self._pending)
-        if self.group is not None:  # every rank at the same step
-            if many >= TOGETHER_RANKS:
-                self.sync()
-        elif many >= TOGETHER or (many and time.monotonic() - self._read > WAIT):
-            self.flush()
-
-    def _collect(self, level: int) -> None:
-        found = {(point, k): g for point in self._points for k, g in point.take()}
-        scale = None
-        if self.scaler is not None and self.scaler.is_enabled():
-            scale = self.scaler._scale.clone() if self.scaler._scale is not None else None
-        step = Step(self.step_count + 1, self.step_count // self.every, found, scale, level=level)
-        if level == DETAILS:
-            self._weights.measure(step, self._points)
-        if self._points and not found:
-            self._silent += 1
-            if self._silent == 3 and not len(self._history):
-                warnings.warn(_NOTHING, FlowWarning, stacklevel=4)
-        if found or step.parameters or self.group is not None:
-            self._pending.append(step)
-
-    # ------ what has been found
-
-    def flush(self) -> None:
-        """Turn what steps have left into records now, and tell sinks and callbacks; it happens by itself now and then.
-
-        With a process group all ranks have to do it together: see :meth:`sync`.
-        """
-        if self.group is None:
-            self._drain()
-        self._tell()
-
-    def sync(self) -> None:
-        """:meth:`flush` on every rank of the group: a collective call. It happens by itself every 16 recorded steps."""
-        with self._lock:
-            if self.group is not None and self._pending:
-                reduce(self._pending, self._points, self._weights.names, self.group, self.device)
-            self._drain()
-        self._tell()
-
-    def _drain(self) -> None:
-        """Pending steps become records. Whoever may be reading, from whichever thread: nobody is told here."""
-        with self._lock:
-            self._read = time.monotonic()
-            pending, self._pending = self._pending, []
-            made, full = records(pending) if pending else ([], set())
-            self._short |= {point for point in full if not point.seen}
-            for record in made:
-                if not (record.layers or record.blocks or record.parameters):
-                    continue
-                self._history.append(record)
-                if self.clip is not None and record.grad_norm is not None:
-                    self._clips[0] += record.grad_norm >= self.clip * (1 - 1e-3)
-                    self._clips[1] += 1
-                fresh = self._alerts.look(record, self.layers, self.thresholds)
-                if self._nonfinite is None:
-                    self._nonfinite = next((a for a in fresh if a.kind == "nonfinite"), None)
-                self._untold.append((record, fresh))
-
-    def _tell(self) -> None:
-        """The thread that trains tells sinks and callbacks what is new, and raises what was asked for."""
-        with self._lock:
-            untold, self._untold = self._untold, []
-            short, self._short = self._short, set()
-        for point in short:  # of compiled code, which cannot make longer leaves when it meets a longer sequence
-            point.resize(2 * point.steps)
-        for record, fresh in untold:
-            for sink in self.log:
-                sink(record)
-            for alert in fresh:
-                if self.on_alert is not None:
-                    self.on_alert(alert)
-                else:
-                    warnings.warn(str(alert), FlowWarning, stacklevel=2)
-        for _, fresh in untold:
-            for alert in fresh:
-                if alert.kind in self.raise_on:
-                    raise FlowError(str(alert))
-
-    def _take_spectra(self) -> None:
-        from gradkernels.flow.spectrum import spectrum
-
-        model = self.model()
-        with torch.no_grad():
-            taken = (
-                [] if model is None else [{**s.to_dict(), "step": self.step_count} for s in spectrum(unwrapped(model))]
-            )
-        with self._lock:
-            self._spectra.append(taken)
-            if len(self._spectra) > SPECTRA:
-                del self._spectra[1:-1:2]
 
     def _now(self) -> Record | None:
         """A record of what the step under way has measured so far."""
@@ -272,13 +29,6 @@ class Monitor:
             return None
         scale = self.scaler._scale.clone() if self.scaler is not None and self.scaler._scale is not None else None
         return records([Step(self.step_count + 1, self.step_count // self.every, found, scale)])[0][0]
-
-    def kept(self) -> list[Record]:
-        """The records of finished steps, oldest first; may be called from another thread."""
-        with self._lock:
-            if self.group is None:
-                self._drain()
-            return list(self._history)
 
     @property
     def history(self) -> list[Record]:
@@ -303,7 +53,7 @@ class Monitor:
             for name, flow in record.layers.items():
                 if layer in (None, name):
                     return name, flow
-        raise RuntimeError(_NOTHING)
+        raise RuntimeError(NOTHING)
 
     def log10_norms(self, layer: str | None = None, state: int = 0) -> Tensor:
         """log10 ||dL/ds_t|| over time, float32 [T], of the latest record; of the first layer and of h unless said otherwise."""
@@ -315,6 +65,31 @@ class Monitor:
         """The memory horizon of a layer in the latest record."""
         return self._latest(layer)[1].horizon
 
+    def summary(self) -> str:
+        """A few lines for people: every layer's horizon, decay and norms at both ends, and what was pointed out."""
+        lines = [f"{self.name}, {self.step_count} steps"]
+        recent = {name: flow for record in self.history for name, flow in record.layers.items()}
+        for name, layer in self.layers.items():
+            if (flow := recent.get(name)) is None:
+                lines.append(f"  {name}: nothing measured yet")
+                continue
+            signal = (layer.states or ("x",))[0]
+            first, last = flow.signals[signal][[0, -1]]
+            lines.append(
+                f"  {name}: ||dL/d{signal}|| 1e{first:.1f} at the first time step, 1e{last:.1f} at the last"
+                + (
+                    ""
+                    if flow.horizon is None
+                    else f"; memory horizon {flow.horizon} of {len(flow.signals[signal]) - 1} steps"
+                )
+                + (
+                    ""
+                    if flow.decay is None
+                    else f"; {flow.decay.rate:.3f} decades lost a step (r2 {flow.decay.r2:.2f})"
+                )
+            )
+        return "\n".join([*lines, *(f"  {alert}" for alert in self.alerts)])
+
     def snapshot(self) -> dict[str, Any]:
         """Everything there is as numbers, lists and texts, ready for JSON; may be called from another thread."""
         with self._lock:
@@ -322,62 +97,66 @@ class Monitor:
                 self._drain()
             return snapshot(self)
 
-    def close(self) -> None:
-        """Stop watching; what was found stays, also of a step under way. Nothing happens the second time."""
-        if self._closed:
-            return
-        self._finish()
-        self.flush()
-        self._closed = True
-        model = self.model()
-        for module in model.modules() if model is not None else ():
-            _watched.pop(module, None)
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *exc: object) -> None:
-        if kind is None:
-            self._finish()
-            self.sync()
-        self.close()
-
-    def _finish(self) -> None:
-        if any(True for point in self._points for _ in point.peek()):
-            self.step()
-
-
-_NOTHING = (
-    "nothing has been measured yet: call loss.backward() on what the watched model computed with gradients enabled "
-    "(torch.autograd.grad and torch.func leave monitors out; a model compiled before it was watched may have to be compiled again)"
-)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside DDP and torch.compile."""
-    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
-        model = inner
-    return model
-
-
-def _release(handles: list[Any], points: list[Any], scaler: Any) -> None:
-    for handle in handles:
-        handle.remove()
-    for point in points:
-        point.close()
-    if scaler is not None:
-        scaler.__dict__.pop("update", None)
-
 
 def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) -> Monitor:
-    """Watch how gradients travel through a model while it trains.
+    r"""Watch how gradients travel through a model while it trains: one line before the training loop.
 
-    >>> import torch, gradkernels as gk
-    >>> model = gk.nn.LSTM(3, 8)
-    >>> monitor = gk.flow.watch(model)
-    >>> model(torch.randn(20, 4, 3))[0][-1].sum().backward()
-    >>> monitor.log10_norms().shape
-    torch.Size([20])
+    .. math::
+        \log_{10} \Big\|\frac{\partial L}{\partial h_t}\Big\|, \quad
+        \log_{10} \Big\|\frac{\partial L}{\partial c_t}\Big\| \qquad t = 0 \ldots T - 1
+
+    over all rows of the batch, the whole adjoints that ``retain_grad`` on :math:`h_t` shows in an unrolled loop, for every recurrent layer and
+    direction of this package, from inside the fused backward. Steps are those of any optimizer that has a parameter of the model: what
+    micro-batches, several calls, checkpoints and, with a process group, ranks have measured until then adds up to one record.
+
+    What is measured, and when:
+
+    * at every recorded step the norms of h and c, the memory horizon, the decay per step, and residual, attention and Transformer blocks
+      (torch's too): norms at entrance and exit, and the share of the gradient that came past the sublayers. (After the norm, with
+      ``norm="post"``: past the first sublayer; not of an AttentionBlock.)
+    * at the first, second, third, fifth, ninth ... and then every 64th recorded step also the norm of dL/dx_t where x wants a gradient, the share of
+      saturated values of each gate, in up to four rows of the batch, and of every layer's parameters the norm, that of the
+      gradient, and ||new - old|| / ||old||.
+    * of a plain recurrent layer of torch, whose kernels tell nothing of the states, dL/dx_t of its input instead of h and c.
+      `gk.convert` makes it one of ours.
+
+    No hook runs in backward, and no step waits for a device. Overhead is about 50 microseconds a step and 15 for every further layer on one CPU;
+    bench/flow.py measures it.
+
+    Args:
+        model: to be watched; a wrapper (DDP, torch.compile) or what is inside. Compile after watching.
+        every: record one step in so many.
+        scaler: the ``torch.amp.GradScaler`` in use. Norms are those of the unscaled loss, and a step that it skips has a record.
+        keep: records that the history holds at most (512); older ones are thinned out, evenly, when there are more.
+        spectra: at one step in so many take :func:`gradkernels.flow.spectrum` of the recurrent layers.
+        clip: the ``max_norm`` at which you clip gradients, for ``snapshot()["clip_rate"]``, the share of steps at which they were as large.
+        thresholds: :class:`Thresholds` of alerts.
+        on_alert: called with every new :class:`Alert`; None warns, once a kind and layer.
+        raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
+        log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one.
+        group: process group whose ranks average their gradients; found in a model wrapped by DDP or FSDP before.
+
+    Returns:
+        a :class:`Monitor`; a context manager. Under CUDA graphs call its ``step()`` after each replay.
+
+    Raises:
+        TypeError: not a module. ValueError: no parameters, or an option out of range.
+        RuntimeError: something in the model is watched already.
+
+    Horizon and saturation: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = gk.init.forget_bias_(gk.nn.LSTM(3, 8), 5.0)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> with gk.flow.watch(model) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(50, 4, 3))[0][-1].square().sum().backward()
+        ...         optimizer.step()
+        >>> monitor.log10_norms().shape, monitor.horizon(), monitor.alerts
+        (torch.Size([50]), 49, [])
+        >>> [record.step for record in monitor.history], monitor.summary().splitlines()[0]
+        ([1, 2, 3], 'LSTM, 3 steps')
     """
     return Monitor(model, every, scaler, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradkernels.flow.measure import Step
-from gradkernels.flow.taps import Residual, Sequence
+from gradkernels.flow.points import Residual, Sequence
 
 
 def group_of(model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 import gradkernels
 from gradkernels.flow.history import Layer, Record, numbers
-from gradkernels.flow.taps import Residual
+from gradkernels.flow.points import Residual
 
 if TYPE_CHECKING:
     from gradkernels.flow.monitor import Monitor

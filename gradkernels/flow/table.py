@@ -22,7 +22,7 @@ def sparkline(log10: Array, width: int = WIDTH) -> str:
     """Norms over time as bars, from 8 decades below the largest up to it; a dot is less than that, or nothing.
 
     >>> sparkline(np.array([-np.inf, -20.0, -7.0, -4.0, 0.0]))
-    '··▂▅█'
+    '··▁▄█'
     """
     if not len(log10):
         return ""

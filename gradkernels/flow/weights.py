@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkernels.flow.measure import Step
-from gradkernels.flow.taps import Recurrent, Residual, Sequence, readable
+from gradkernels.flow.points import Recurrent, Residual, Sequence, readable
 
 
 class Weights:

@@ -63,6 +63,14 @@ def test_exploding():
     assert alert.time_step == 0 and alert.value == pytest.approx(1.5**29, rel=0.5) and "clip_grad_norm_" in alert.advice
 
 
+def test_a_loss_that_comes_in_little_by_little_is_no_explosion():
+    """Against the time of the lower layer's reverse direction, the gradient that comes from above grows with every step."""
+    layer = gk.nn.LSTM(4, 16, num_layers=2, bidirectional=True)
+    monitor = last_step(layer)
+    assert monitor.history[-1].layers["LSTM.l0_reverse"].reached.top > 3
+    assert "exploding" not in dict(kinds(monitor))
+
+
 def test_saturated():
     layer = gk.nn.RNN(4, 16)
     with torch.no_grad():
