@@ -94,17 +94,17 @@ def spectral_norm_(module: Module, value: float) -> Module:
     if not 0 <= value < torch.inf:
         raise ValueError(f"value must be a norm, finite and not negative, got {value}")
     every = found(module)
-    norm = lambda w: torch.linalg.matrix_norm(w, 2).item() if w.isfinite().all() else torch.nan
-    norms = {part: [norm(w) for w in part.blocks()] for part in every}
-    for part, lengths in norms.items():
-        for gate, length in zip(part.gates, lengths):
-            if not 0 < length < torch.inf:
+    measure = lambda w: torch.linalg.matrix_norm(w, 2).item() if w.isfinite().all() else torch.nan
+    norms = {part: [measure(w) for w in part.blocks()] for part in every}
+    for part, found_norms in norms.items():
+        for gate, norm in zip(part.gates, found_norms):
+            if not 0 < norm < torch.inf:
                 raise ValueError(
-                    f"{part.name}: the block of gate {gate} has norm {length} and cannot be scaled to {value}"
+                    f"{part.name}: the block of gate {gate} has norm {norm} and cannot be scaled to {value}"
                 )
-    for part, lengths in norms.items():
-        heads = len(_blocks(part)) // len(lengths) if lengths else 0
-        scales = [value / length for length in lengths for _ in range(heads)]
+    for part, found_norms in norms.items():
+        heads = part.options.get("heads", 1)
+        scales = [value / norm for norm in found_norms for _ in range(heads)]
         _set_blocks(part, [w * scale for w, scale in zip(_blocks(part), scales)])
     return module
 
@@ -206,7 +206,7 @@ def _set_bias(part: Part, gate: Gate, value: Tensor) -> None:
 def _set_row(part: Part, name: str, rows: int, index: int, value: Tensor) -> None:
     """One of the rows [H] that a parameter [rows * H] or [rows, H] has, where the layer has it."""
     if (whole := part.get(name)) is not None:
-        whole = whole.detach().clone()
+        whole = whole.detach().clone(memory_format=torch.contiguous_format)
         whole.view(rows, -1)[index] = value.to(whole)
         part.set(name, whole)
 

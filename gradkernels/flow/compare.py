@@ -204,14 +204,16 @@ def compare(
             raise ValueError(f"{name} must be at least 1, got {n}")
     curves, parameters = [], {}
     for name, given in models.items():
-        for length in lengths:
+        for length in dict.fromkeys(lengths):
             runs = [_measure(name, given, length, input_size, batch, scale, seed) for seed in range(seeds)]
             parameters[name, length] = float(np.median([weights for _, weights in runs]))
             for kind in runs[0][0]:
                 rows = np.stack([found[kind] for found, _ in runs])
                 curves.append(Curve(name, length, kind, np.median(rows, 0), rows.min(0), rows.max(0)))
-    if not any(c.signal == signal for c in curves):
-        raise ValueError(f"signal must be one of {', '.join(dict.fromkeys(c.signal for c in curves))}, got {signal!r}")
+    for name in models:
+        signals = list(dict.fromkeys(c.signal for c in curves if c.model == name))
+        if signal not in signals:
+            raise ValueError(f"signal must be one that {name} has, {', '.join(signals)}, got {signal!r}")
     settings = {"batch": batch, "seeds": seeds, "scale": scale, "dtype": "float64"}
     return Comparison(title, signal, curves, parameters=parameters, settings=settings)
 

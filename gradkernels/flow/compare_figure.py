@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def draw(found: Comparison, signal: str, path: str | Path | None) -> Any:
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     colours = {name: f"C{k % 10}" for k, name in enumerate(found.models)}
     styles: dict[str, Any] = {name: "-" if k < 10 else (0, (5, 1)) for k, name in enumerate(found.models)}
-    breaks: dict[str, Any] = dict(zip(dict.fromkeys(line.name for line in drawn), (":", "--", "-.", (0, (1, 4)))))
+    breaks: dict[str, Any] = dict(zip(dict.fromkeys(line.name for line in drawn), itertools.cycle((":", "--", "-."))))
     for panel, length in zip(panels, lengths):
         steps = np.arange(1, length + 1)
         for c in found.curves:

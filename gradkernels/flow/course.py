@@ -29,7 +29,7 @@ class Course:
             raise ValueError(f"{type(module).__name__} is not bidirectional: it has no reverse direction")
         at = layer * directions + reverse
         self.part = every[at]
-        x, hx, self.batched = self._check(module, x, hx)
+        x, hx, self.batched = self._check(module, x, hx, self.part.cell.S)
         for below in range(0, layer * directions, directions):
             x = torch.cat([_run(every[j], x, hx, j) for j in range(below, below + directions)], -1)
         self.layer, self.x = self.part.alone(), x.flip(0) if reverse else x
@@ -51,7 +51,7 @@ class Course:
         return every
 
     @staticmethod
-    def _check(module: nn.Module, x: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...], bool]:
+    def _check(module: nn.Module, x: Tensor, hx: Any, S: int) -> tuple[Tensor, tuple[Tensor, ...], bool]:
         """x [T, B, I], hx as a tuple of [layers * directions, B, width] or empty, in float64; whether there was a batch."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -66,10 +66,9 @@ class Course:
         if not x.numel():
             raise ValueError(f"x has no steps or rows: {list(x.shape)}")
         lead = (len(module._all_weights), x.shape[1])
-        if any(h.dim() != 3 or h.shape[:2] != lead for h in states):
-            raise ValueError(
-                f"hx must be [{lead[0]}, {lead[1]}, ..] for x {list(x.shape)}, got {[list(h.shape) for h in states]}"
-            )
+        if hx is not None and (len(states) != S or any(h.dim() != 3 or h.shape[:2] != lead for h in states)):
+            want, got = f"{S} of [{lead[0]}, {lead[1]}, ..]", [list(h.shape) for h in states]
+            raise ValueError(f"hx must be {want} beside x {list(x.shape)}, got {got}")
         for name, values in {"x": (x,), "hx": states, "a weight": tuple(module.parameters())}.items():
             if not all(v.isfinite().all() for v in values):
                 raise ValueError(f"{name} is not finite")

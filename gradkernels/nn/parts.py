@@ -83,11 +83,17 @@ class Part:
         held = {f"{name}_l0": w.detach().double().cpu() for name in names if (w := self.get(name)) is not None}
         features, units = held["weight_ih_l0"].shape[1], held["weight_ih_l0"].shape[0] // cell.G
         options = {name: v for name, v in self.options.items() if name not in ("clip_grad", "recompute")}
+        # the reference needs no compiler for a cell of one's own, and is as fast on few steps
         layer = Recurrent(
-            cell, features, units, bias=module.bias, proj_size=module.proj_size, dtype=torch.double, **options
+            cell,
+            features,
+            units,
+            bias=module.bias,
+            proj_size=module.proj_size,
+            dtype=torch.double,
+            backend="reference",
+            **options,
         )
-        if isinstance(module, RNNBase) and module.backend == "reference":  # other backends may be for another device
-            layer.backend = module.backend
         layer.load_state_dict(held)
         return layer.eval().requires_grad_(False)
 

@@ -166,7 +166,11 @@ WRONG = [
     ({"models": {"it": 3}}, TypeError, "it: a module or a function that makes one is expected, got int"),
     ({"models": {"it": lambda: 3}}, TypeError, "it: a module or a function that makes one is expected, got int"),
     ({"models": {"it": nn.Linear(3, 3)}}, ValueError, "it: Linear has no input_size; give it to compare"),
-    ({"models": {"it": nn.Identity()}, "input_size": 3, "signal": "h"}, ValueError, "signal must be one of x, got 'h'"),
+    (
+        {"models": {"it": nn.Identity()}, "input_size": 3, "signal": "h"},
+        ValueError,
+        "signal must be one that it has, x, got 'h'",
+    ),
     (
         {"models": {"it": nn.Flatten(0)}, "input_size": 3},
         TypeError,

@@ -242,8 +242,13 @@ WRONG = [
     ({"module": nn.GRUCell(3, 5)}, TypeError, r"got GRUCell"),
     ({"module": gk.nn.SkipRNN("gru", 3, 5, skip=2)}, TypeError, r"SkipRNN adds an output of some steps ago"),
     ({"module": None}, TypeError, r"module must be a recurrent layer, got NoneType"),
-    ({"hx": torch.zeros(1, 2, 5)}, ValueError, r"hx must be \[2, 2, \.\.\] for x \[6, 2, 3\], got \[\[1, 2, 5\]\]"),
+    (
+        {"hx": torch.zeros(1, 2, 5)},
+        ValueError,
+        r"hx must be 1 of \[2, 2, \.\.\] beside x \[6, 2, 3\], got \[\[1, 2, 5\]\]",
+    ),
     ({"hx": torch.zeros(2, 3, 5)}, ValueError, r"hx must be"),
+    ({"hx": (torch.zeros(2, 2, 5),) * 2}, ValueError, r"hx must be 1 of \[2, 2, \.\.\]"),
     ({"hx": torch.zeros(2, 2, 4)}, RuntimeError, r"size"),
 ]
 
