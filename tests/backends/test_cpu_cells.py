@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +270,16 @@ def test_a_folder_that_cannot_be_written(cache, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be kept on disk.*GRADKERNELS_CACHE"):
         folder = compile._folder()
     assert folder.is_dir() and compile._folder() == folder
+
+
+def test_what_is_installed_is_enough_to_compile(cache, monkeypatch, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    csrc = tmp_path / "lib" / "gradkernels" / "csrc"
+    assert (csrc / "cuda" / "step.cuh").exists() and not list(csrc.rglob("layers.cpp"))
+    monkeypatch.setattr(compile, "sources", lambda: csrc)
+    compile.entries(fresh("installed"), "float", "base")
 
 
 def test_importing_the_package_compiles_nothing():
