@@ -57,7 +57,8 @@ class ResidualBlock(nn.Module):
         norm_kind: "layer" or "rms".
         eps: of the norm.
 
-    Shapes: ``[.., d_model]`` in and out; further arguments of a call are the sublayer's.
+    Shapes: ``[.., d_model]`` in and out; further arguments of a call are the sublayer's. What goes into the sublayer is not kept for
+    backward when it is a norm's result, but made again there; of the way out only the sum is kept.
 
     Raises:
         ValueError: an unknown norm or norm_kind, or dropout outside [0, 1].

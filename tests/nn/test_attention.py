@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import gradkernels as gk
 from gradkernels.backends import last
+from tests import place
 from tests.close import assert_close_to_truth
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def twins(*args, dtype=torch.float32, **kwargs):
@@ -34,7 +36,7 @@ def with_gradients(module, inputs, **call):
         k: v.detach().requires_grad_() for k, v in call.items() if isinstance(v, torch.Tensor) and v.is_floating_point()
     }
     out, weights = module(*inputs.values(), **{**call, **masks})
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(out.dtype)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(out)
     loss = (out * gradient).sum() + (0 if weights is None else weights.square().sum())
     leaves = {**inputs, **masks, **dict(module.named_parameters())}
     return {"out": out, "weights": weights, **dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))}
@@ -44,10 +46,12 @@ def in_double(tree):
     return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in tree.items()}
 
 
-def compare(ours, theirs, inputs, name="", **call):
+def compare(ours, theirs, inputs, **call):
+    inputs, call = tree_map_only(torch.Tensor, lambda v: v.to(place.device), (inputs, call))
+    ours, theirs = ours.to(place.device), theirs.to(place.device)
     truth = copy.deepcopy(theirs).double()
     found = with_gradients(ours, inputs, **call), with_gradients(theirs, inputs, **call)
-    assert_close_to_truth(*found, with_gradients(truth, in_double(inputs), **in_double(call)), name=name)
+    assert_close_to_truth(*found, with_gradients(truth, in_double(inputs), **in_double(call)))
 
 
 def drawn(seed):
@@ -85,7 +89,7 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_configurations(seed):
+def test_random_configurations(seed, best):
     torch.manual_seed(seed)
     args, kwargs, inputs, call, same = drawn(seed)
     ours, theirs = twins(*args, **kwargs)
@@ -127,7 +131,7 @@ def test_dtypes(dtype, need_weights):
 @pytest.mark.parametrize("padding", (False, True), ids=("", "padding"))
 @pytest.mark.parametrize("need_weights", (False, True), ids=("kernel", "weights"))
 @pytest.mark.parametrize("L, S", ((17, 17), (3, 17), (17, 3)))
-def test_is_causal_is_a_hint(L, S, need_weights, padding):
+def test_is_causal_is_a_hint(L, S, need_weights, padding, best):
     ours, theirs = twins(8, 2, batch_first=True)
     mask = torch.ones(L, S, dtype=torch.bool).triu(1)
     q, k = torch.randn(2, L, 8), torch.randn(2, S, 8)

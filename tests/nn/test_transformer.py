@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import gradkernels as gk
+from tests import place
 from tests.close import assert_close_to_truth
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("TransformerEncoderLayer", "TransformerDecoderLayer")
 D = 12
 
@@ -30,7 +32,7 @@ def twins(kind, dtype=torch.float32, recompute=False, **kwargs):
 def with_gradients(module, inputs, **call):
     inputs = [v.detach().requires_grad_() for v in inputs]
     out = module(*inputs, **call)
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(out.dtype)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(out)
     names, parameters = zip(*module.named_parameters())
     grads = torch.autograd.grad(out, [*inputs, *parameters], gradient)
     return {"out": out, **dict(zip((*(f"input {n}" for n in range(len(inputs))), *names), grads, strict=True))}
@@ -41,6 +43,8 @@ def double(v):
 
 
 def compare(ours, theirs, inputs, **call):
+    inputs, call = tree_map_only(torch.Tensor, lambda v: v.to(place.device), (list(inputs), call))
+    ours, theirs = ours.to(place.device), theirs.to(place.device)
     truth = copy.deepcopy(theirs).double()
     in_double = with_gradients(truth, map(double, inputs), **{k: double(v) for k, v in call.items()})
     assert_close_to_truth(with_gradients(ours, inputs, **call), with_gradients(theirs, inputs, **call), in_double)
@@ -85,16 +89,28 @@ def drawn(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(40))
-def test_random_configurations(seed, kind):
+def test_random_configurations(seed, kind, best):
     torch.manual_seed(seed)
     kwargs, inputs, call = drawn(kind, seed)
     compare(*twins(kind, **kwargs), inputs, **call)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_a_size_in_use(kind, best):
+    """Widths, lengths and weights as models have them."""
+    how = {"dropout": 0.0, "batch_first": True, "norm_first": True, "activation": "gelu"}
+    theirs, ours = (getattr(m, kind)(256, 4, 1024, **how) for m in (nn, gk.nn))
+    ours.load_state_dict(theirs.state_dict())
+    inputs = [torch.randn(2, n, 256) for n in ((300, 211) if "Decoder" in kind else (300,))]
+    name = "src" if "Encoder" in kind else "tgt"
+    call = {f"{name}_mask": causal(300), f"{name}_key_padding_mask": torch.arange(300) >= torch.tensor([[300], [190]])}
+    compare(ours, theirs, inputs, **call)
+
+
 @pytest.mark.parametrize("norm_first", (True, False), ids=("pre", "post"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_dtypes(kind, dtype, norm_first):
+def test_dtypes(kind, dtype, norm_first, best):
     inputs = [torch.randn(9, 2, D, dtype=dtype) for _ in range(1 + ("Decoder" in kind))]
     compare(*twins(kind, dtype, norm_first=norm_first), inputs)
 
