@@ -37,7 +37,7 @@ def agree(case: Case, seen: dict[Case, dict[str, object]] | None = None) -> dict
     Outputs, final states and, when training, the gradients of the input and of every parameter. Disagreement names all that are off.
     seen: what was checked before, by case; rows that differ only in what is measured of them are checked once.
     """
-    case = shortened(case)
+    case = shortened(case.exact())
     subject, other = case.providers[0], peer(case)
     key = replace(case, group="", kind="time", targets=(), providers=(subject, other))
     if seen is not None and key in seen:

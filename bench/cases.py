@@ -111,13 +111,24 @@ class Case:
             token += directions * (2 * G * H * (features + R) + (2 * H * R if self.proj_size else 0))
         return tokens * token * (3 if self.mode == "training" else 1)
 
+    def bytes(self) -> int:
+        """That have to be read and written, where memory is the limit; 0: products are."""
+        return 0
+
+    def exact(self) -> Case:
+        """The row without what is random in it, which cannot be compared."""
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> Case:
+        from bench.layers import Layer
+
         targets = tuple(Target(**t) for t in d["targets"])
-        return Case(**{**d, "targets": targets, "providers": tuple(d["providers"])})
+        kind = Layer if "taps" in d else Case
+        return kind(**{**d, "targets": targets, "providers": tuple(d["providers"])})
 
 
 def asked(cell: str, mode: str, B: int, H: int) -> tuple[Target, ...]:
@@ -231,4 +242,11 @@ def recurrent_gpu() -> list[Case]:
     return recurrent_gpu()
 
 
-SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu}
+def layers() -> list[Case]:
+    """Every row of attention, residual + norm and convolution for the CPU."""
+    from bench.layers import layers
+
+    return layers()
+
+
+SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu, "layers": layers}

@@ -261,8 +261,42 @@ def rest(report: dict[str, Any]) -> Figure | None:
     return compose(lines, "Precision, small calls, company and memory", f"{note}\n{where(report)}", apart=(1,))
 
 
+def with_more(row: Row) -> str:
+    """Shape, and what a row of bench/layers.py has besides."""
+    more = [
+        "bf16" * (row["dtype"] == "bfloat16"),
+        f"dropout {row['dropout']:g}" * bool(row["dropout"]),
+        f"{row['taps']} taps" * bool(row["taps"]),
+    ]
+    return ", ".join([shape(row), *filter(None, more)])
+
+
+def layers(report: dict[str, Any]) -> Figure | None:
+    """Attention, norms, convolution: time, and memory."""
+    rows = drawable(report)
+    memory = of(rows, "peak memory")
+    lines = [
+        [
+            Panel("Causal attention", bars(of(rows, "attention"), with_more)),
+            Panel("The whole attention block", bars(of(rows, "blocks"), with_more)),
+        ],
+        [
+            Panel("Residual + norm", bars(of(rows, "residual norm"), with_more)),
+            Panel("Dilated causal convolution", bars(of(rows, "convolution"), with_more)),
+        ],
+        [
+            Panel("LayerNorm alone", bars(of(rows, "layer norm"), with_more)),
+            Panel("Peak memory of training", bars(memory, lambda r: f"{r['cell']}  {with_more(r)}")),
+        ],
+    ]
+    note = "Times as fast as torch, taken side by side; of memory, torch's peak over ours. Labels are T, B, width."
+    return compose(lines, "Attention, norms and convolution on the CPU", f"{note}\n{where(report)}", apart=(0, 1, 2))
+
+
 def figures(report: dict[str, Any]) -> list[Figure | None]:
-    """The two pictures of a report; None where it has nothing for one."""
+    """The pictures of a report; None where it has nothing for one."""
+    if report["suite"] == "layers":
+        return [layers(report)]
     if report["machine"]["device"] != "cpu":
         from bench.gpu import panels
 

@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import Case
+from bench.layers import Layer
+from bench.layers import build as build_layer
 
 LABELS = {
     "ours": "gradkernels",
@@ -104,7 +106,8 @@ class Provider:
         self.x.grad = None
         for p in self.parameters.values():
             p.grad = None
-        torch._foreach_zero_(self.nothing)  # raises the version of every weight and touches none
+        if self.nothing:
+            torch._foreach_zero_(self.nothing)  # raises the version of every weight and touches none
         y = self.call(self.x)[0]
         if self.dy is None:
             self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y)
@@ -179,6 +182,8 @@ def ours(case: Case, weights: nn.Module) -> nn.Module:
 
 def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
     """One provider of a case. dtype: another than the case's, for the truth that both are compared with."""
+    if isinstance(case, Layer):
+        return build_layer(case, key, dtype)
     if key in OTHER:
         dtype = dtype or OTHER[key]
     dtype = dtype or getattr(torch, case.dtype)

@@ -2,7 +2,7 @@
 
 A report: schema, suite, options, machine, limits (of this run), rows, summary. A row: name, the fields of its case, unit, results by
 provider (median, min, q1, q3, samples), rounds and dropped, backend, algorithm (the peer's), agreement, error, gflop, gflops, share,
-limit_ms, ratio (to the peer), ratios (what each target asks, what was found, met or not), met.
+gbs, limit_ms, ratio (to the peer), ratios (what each target asks, what was found, met or not), met.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def judge(
 
     micro: what gpu/micro.py reports; on a GPU the limit is the floor that gpu/floor.py makes of it.
     """
-    row.update(gflop=None, gflops=None, share=None, limit_ms=None, ratio=None, ratios=[], met=None)
+    row.update(gflop=None, gflops=None, gbs=None, share=None, limit_ms=None, ratio=None, ratios=[], met=None)
     if row["error"] or not row["results"]:
         return
     ours = row["results"][row["subject"]]["median"]
@@ -69,11 +69,12 @@ def judge(
 
         row.update(suite.measures(row, case, limits, micro))
     elif case.kind == "time" and case.mode != "step":
-        limit = limits[case.dtype]["gflops"]
-        row["gflop"] = case.flops() / 1e9
+        row["gflop"], gigabytes = case.flops() / 1e9, case.bytes() / 1e9
         row["gflops"] = row["gflop"] / ours * 1e3
-        row["limit_ms"] = row["gflop"] / limit * 1e3
-        row["share"] = row["gflops"] / limit
+        row["gbs"] = gigabytes / ours * 1e3
+        products, copies = row["gflop"] / limits[case.dtype]["gflops"], gigabytes / limits["copy"]["gbs"]
+        row["limit_ms"] = max(products, copies) * 1e3
+        row["share"] = row["limit_ms"] / ours
     for target in case.targets:
         if target.against in row.get("absent", {}):
             continue

@@ -13,6 +13,7 @@ from bench.providers import label
 from bench.report import number, short
 
 HEADINGS = ["ours", "q1 - q3", "peer", "ratio", "asked", "GFLOP/s", "of limit", "rounds", "met"]
+SUITES = {"recurrent": "Recurrent layers", "layers": "Attention, norms and convolution"}
 ON_GPU = [{"GFLOP/s": "us a step (floor)", "of limit": "of floor"}.get(h, h) for h in HEADINGS]
 WIDTHS = [9, 17, 9, 7, 11, 17, 8, 8, 4]
 GROUPS = {
@@ -23,7 +24,12 @@ GROUPS = {
     "cells torch has not": "Cells that torch lacks, against the Python loop that users write",
     "one step": "One step of one row, a module call without gradients, against nn.LSTM; then against nn.LSTMCell",
     "gradient taps": "Training with gradient taps on, against ours with them off",
-    "peak memory": "Peak memory of training above layer and input, fresh processes, against torch.nn",
+    "residual norm": "norm(residual + dropout(x)), against torch's operations; no dropout in its time unless the row says so",
+    "layer norm": "A LayerNorm alone, against torch's",
+    "attention": "Causal attention, against scaled_dot_product_attention",
+    "blocks": "x + dropout(attention(norm(x))), projections included, against torch's layers",
+    "convolution": "Dilated causal convolution, tokens last but one, against conv1d of a padded input with channels first",
+    "peak memory": "Peak memory of training above layer and input, fresh processes, against torch",
     **page.GROUPS,
     "two processes": "Two processes training at once on the same cores, the slower of the two, against two of torch",
 }
@@ -57,6 +63,11 @@ def asked(row: dict[str, Any]) -> str:
     return " ".join(filter(None, [times(found.get(row["peer"])), share]))
 
 
+def pace(row: dict[str, Any]) -> str:
+    """GFLOP/s, or where memory is the limit '31.2 GB/s'."""
+    return f"{number(row['gbs'])} GB/s" if row.get("gbs") else number(row["gflops"])
+
+
 def verdict(row: dict[str, Any]) -> str:
     return {None: "", True: "yes", False: "no"}[row["met"]]
 
@@ -72,7 +83,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(peer["median"]),
         times(row["ratio"]),
         asked(row),
-        page.pace(row) if on_gpu([row]) else number(row["gflops"]),
+        page.pace(row) if on_gpu([row]) else pace(row),
         "" if row["share"] is None else f"{row['share']:.0%}",
         rounds,
         verdict(row),
@@ -118,7 +129,7 @@ def foot(report: dict[str, Any]) -> list[str]:
 READING = """\
 Median of calls taken side by side in one process, first to third quartile beside it; milliseconds, or MiB for peak memory.
 GFLOP/s count the matrix products alone; the limit is the fastest product torch makes on this machine in this run, by MKL or oneDNN,
-whichever is faster. Rounds in which threads waited for a core more than 2 % of the time are left out and counted after the minus.
+whichever is faster, and for norms its copy. Rounds in which threads waited for a core more than 2 % of the time are left out and counted after the minus.
 Between training calls the weights count as changed, as an optimizer changes them."""
 
 
@@ -227,7 +238,7 @@ def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pict
     """The whole report as a page. reasons: why a row is short, by its name; a short row without one is said to have none."""
     gpu = report["machine"].get("gpu")
     out = [
-        f"# {report['suite'].removesuffix('-gpu').capitalize()} layers on {gpu['name'] if gpu else report['machine']['cpu']}",
+        f"# {SUITES[report['suite'].removesuffix('-gpu')]} on {gpu['name'] if gpu else report['machine']['cpu']}",
         "",
     ]
     for picture in pictures:
