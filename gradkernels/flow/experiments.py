@@ -119,9 +119,15 @@ def architectures(
 
 
 def initialisations(names: Iterable[str] = INITIALISATIONS, length: int = 200, **options: Any) -> Comparison:
-    """What gk.init does for the reach of gradients, by ||dL/dh_t||, in layers of `INITIALISATIONS`."""
+    """What gk.init does for the reach of gradients, by ||dL/dh_t||, in layers of `INITIALISATIONS`.
+
+    Beside simple RNNs stands mean field theory, which is about weights that are drawn: not about the identity.
+    """
     models = made({name: INITIALISATIONS[name] for name in names})
-    return compare(models, [length], signal="h", title="gradients by initial weights", **options)
+    drawn = [name for name in models if name.startswith("RNN") and "identity_" not in name]
+    lines = [line for name in drawn for line in _theory(name, models[name], length) if line.name == "mean field"]
+    measured = compare(models, [length], signal="h", title="gradients by initial weights", **options)
+    return replace(measured, lines=lines)
 
 
 def spectral_norms(values: Sequence[float] = (0.8, 1.0, 1.2), steps: int = 50, **options: Any) -> Comparison:

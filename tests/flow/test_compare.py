@@ -238,6 +238,22 @@ def test_activations():
     assert found.curve("sigmoid").ratio < -29.5 < found.curve("relu").ratio < found.curve("tanh").ratio
 
 
+def test_initialisations_of_simple_layers_go_as_mean_field_theory_says():
+    names = [
+        "RNN",
+        "RNN, spectral_norm_ 1",
+        "RNN, orthogonal_",
+        "RNN, orthogonal_ 1.3",
+        "RNN relu",
+        "RNN relu, identity_",
+    ]
+    found = experiments.initialisations(names, batch=2)
+    assert [line.model for line in found.lines] == names[:-1]
+    for line in found.lines:
+        assert found.curve(line.model).log10[0] == pytest.approx(line.log10[0], rel=0.1), line.model
+    assert found.curve("RNN relu, identity_").ratio > -1
+
+
 @pytest.mark.slow
 def test_readme_shows_what_is_measured():
     readme = Path(__file__).resolve().parents[2] / "README.md"
