@@ -37,9 +37,8 @@ class Layer:
 class Flow:
     """Of one layer at one optimizer step. What is missing was not measured; -inf is a zero, or below the range of its dtype."""
 
-    signals: dict[str, Array] = field(
-        default_factory=dict
-    )  # log10 of ||dL/dh_t||, ||dL/dc_t||, ||dL/dx_t|| by name [T]
+    # log10 of ||dL/dh_t||, ||dL/dc_t||, ||dL/dx_t|| by name [T]
+    signals: dict[str, Array] = field(default_factory=dict)
     saturation: dict[str, Array] = field(default_factory=dict)  # share of saturated values by gate [T]
     horizon: int | None = None
     decay: Decay | None = None
@@ -85,9 +84,8 @@ class Record:
     parameters: dict[str, Group] = field(default_factory=dict)
     dead: dict[str, float] = field(default_factory=dict)  # share of units that no gradient reaches, by layer
     grad_norm: float | None = None  # of all parameters together
-    written: dict[str, Any] = field(
-        default_factory=dict, repr=False
-    )  # what a snapshot shows of it, once it has been asked for
+    # what a snapshot shows of it, once it has been asked for
+    written: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def size(self) -> int:

@@ -97,9 +97,8 @@ class Sequence(Point):
             found = leaf.grad
             for old in self.outgrown:
                 if (earlier := old[k].grad) is not None:
-                    earlier = F.pad(
-                        earlier, (0, 0, 0, self.steps - len(earlier))
-                    )  # of negative length: rows nobody has filled
+                    # a negative length cuts rows off that nobody has filled
+                    earlier = F.pad(earlier, (0, 0, 0, self.steps - len(earlier)))
                     found = earlier if found is None else found + earlier
             if found is not None:
                 yield k, found
