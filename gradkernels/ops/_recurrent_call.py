@@ -36,8 +36,8 @@ def call(
     """The sequence of the first state, or with `every_state` those of all, and the final states."""
     # asked in this order: "meta" has no autocast
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
-        tensors, state, extra = _autocast(tensors, state, extra)
-    fast = op.direct((*tensors, batch_sizes, lengths, *(state or ()), extra.params, extra.seed, extra.flags))
+        tensors, state, extra = autocast(tensors, state, extra)
+    fast = op.direct((*tensors, batch_sizes, lengths, *(state or ()), *op.tensors_of(extra)))
     if (
         fast or torch.compiler.is_compiling() or not torch._C._is_tracing()
     ):  # jit.trace leaves the checks to the operator
@@ -97,7 +97,7 @@ def _wants_function(tensors: Sequence[Tensor | None]) -> bool:
     return _requires_grad(tensors) and not torch._C._is_tracing()  # torch.jit.trace must record the operator
 
 
-def _autocast(tensors, state, extra):
+def autocast(tensors, state, extra):
     """Autocast is a cast of the arguments, differentiable like any other."""
     device = tensors[0].device.type
     low = torch.get_autocast_dtype(device)

@@ -135,6 +135,10 @@ def backward_kernel(
         )
 
 
+def tensors_of(extra: Extra) -> tuple[Tensor | None, ...]:
+    return () if extra is PLAIN else (extra.params, extra.seed, extra.flags)
+
+
 def extra_of(values) -> Extra:
     """What follows the backend in an operator's arguments; the dispatcher leaves out what is as by default."""
     return PLAIN if not values else Extra(*values)._replace(noise=tuple(values[2]) if len(values) > 2 else ())
@@ -146,7 +150,7 @@ def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengt
     keep=0: y and the final states; 1: the sequences of all states; 2: also what backward needs: raw [N, H], the output before
     projection, if there is one, and acts [N, A, H]."""
     c, extra = cell_of(cell), extra_of(more)
-    check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state, extra.params, extra.seed, extra.flags)
+    check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state, *tensors_of(extra))
     check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths)
     check_extra(c, x, w_hh, extra)
     if keep not in (0, 1, 2):
@@ -165,9 +169,7 @@ def _backward_op(
     products and sums. The last of the seven flags of `need`, that of params, may be left out."""
     c, extra = cell_of(cell), extra_of(more)
     need = [*need, False] if len(need) == 6 else need
-    check_dense(
-        *grads, x, w_ih, w_hh, w_hr, *saved, batch_sizes, lengths, *state, extra.params, extra.seed, extra.flags
-    )
+    check_dense(*grads, x, w_ih, w_hh, w_hr, *saved, batch_sizes, lengths, *state, *tensors_of(extra))
     check_backward(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, need, extra)
     how = reverse, need, gates, norms, backend, extra
     return backward_kernel(c, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, *how)
@@ -257,7 +259,7 @@ def direct(tensors) -> bool:
 def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
     """The operator, for a caller who has checked the shapes and wants no derivative; what is last is an Extra."""
     *how, extra = how
-    if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state, extra.params, extra.seed, extra.flags)):
+    if direct((x, w_ih, b_ih, w_hh, b_hh, w_hr, *how[:2], *state, *tensors_of(extra))):
         return forward_kernel(cell_of(cell), x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how, extra)
     how += extra
     if torch.compiler.is_compiling() or torch._C._is_tracing():
@@ -269,7 +271,7 @@ def forward(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, *how):
 def backward(cell, grads, x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths, reverse, need, *how):
     """The operator, for a caller who wants no derivative of it; what is last is an Extra."""
     inputs, (*how, extra) = (x, w_ih, w_hh, w_hr, saved, state, batch_sizes, lengths), how
-    if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state, extra.params, extra.seed, extra.flags)):
+    if direct((*inputs[:4], *inputs[6:], *grads, *saved, *state, *tensors_of(extra))):
         c = cell_of(cell)
         check_backward(c, grads, *inputs, need, extra)
         return backward_kernel(c, grads, *inputs, reverse, need, *how, extra)
