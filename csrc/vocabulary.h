@@ -60,17 +60,16 @@ template <class T> inline Vec<T> min(Vec<T> a, Vec<T> b) { return where(b == b, 
 template <class T> inline Vec<T> max(Vec<T> a, Vec<T> b) { return where(b == b, at_least(a, b), b); }
 
 template <class T> inline Vec<T> sqrt(Vec<T> x) {
-  using V = Vec<T>;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
-    return V(typename V::Raw(_mm512_maskz_sqrt_ps(__mmask16(-1), x.v)));
+    return Vec<T>(typename Vec<T>::Raw(_mm512_maskz_sqrt_ps(__mmask16(-1), x.v)));
   else
-    return V(typename V::Raw(_mm512_maskz_sqrt_pd(__mmask8(-1), x.v)));
+    return Vec<T>(typename Vec<T>::Raw(_mm512_maskz_sqrt_pd(__mmask8(-1), x.v)));
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4)
-    return V(typename V::Raw(_mm256_sqrt_ps(x.v)));
+    return Vec<T>(typename Vec<T>::Raw(_mm256_sqrt_ps(x.v)));
   else
-    return V(typename V::Raw(_mm256_sqrt_pd(x.v)));
+    return Vec<T>(typename Vec<T>::Raw(_mm256_sqrt_pd(x.v)));
 #else
   return by_lane<T>([&](int i) { return std::sqrt(x.v[i]); });
 #endif

@@ -2,7 +2,9 @@
 // runs the cases FIRST .. LAST - 1 of that seed, on the cells in turn. One line per failure, and a status of 1.
 //
 // One storage type a program, GK_STORAGE. Nothing here knows Python or torch.
+#ifndef GK_OTHER_CELLS
 #include "../../csrc/cells.gen.h"
+#endif
 #include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
 #include "memory.h"
@@ -20,7 +22,7 @@ using T = GK_STORAGE;
 
 struct Wish {
   int keep; // 0: outputs; 1: every state; 2: what backward needs
-  bool dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, dgates, dr, v, dproj, norms;
+  bool dx, dw_ih, db_ih, dw_hh, db_hh, dw_hr, dgates, dr, v, dproj, norms, dparams, dp;
 };
 
 void round(Values &v) {
@@ -77,20 +79,38 @@ public:
       q.x = values(N * q.I, 1.5), q.w_ih = values(K * q.I, in);
       q.b_ih = maybe(K, 0.5);
     }
-    q.w_hh = values(K * q.R, back), q.b_hh = maybe(K, 0.5);
+    q.w_hh = values(Cell::recurrent ? K * q.R : 0, back), q.b_hh = maybe(K, 0.5);
     if (q.projected) q.w_hr = values(q.R * q.H, 1.5 / std::sqrt(double(q.H)));
     for (int k = 0; k < S; k++) {
       q.s0.push_back(values(q.B * q.size(k), 1));
       q.dseq.push_back(maybe(N * q.size(k), 1)), q.dfinal.push_back(maybe(q.B * q.size(k), 1));
     }
+    q.params = values(Cell::P * q.H, 1), q.flags = values(N, 1);
+    q.seeded = random.chance(0.8), q.seed = int64_t(random.bits()), q.first_number = random.chance(0.5) ? 0 : 1234567;
+    static constexpr int64_t skips[] = {1, 2, 3, 30};
+    q.skip = random.of(skips), q.clip = random.chance(0.3) ? 0.3 : 0;
+    for (int k = 0; k < Cell::M; k++)
+      q.noise.push_back({random.chance(0.8) ? 0.3 : 1., 1.25, gk::Noise::Source(random.below(3))});
     unvisited(q, G);
     return q;
   }
 
   Wish wish() {
     const auto flag = [&] { return random.chance(0.7); };
-    return {
-        int(random.below(3)), flag(), flag(), flag(), flag(), flag(), flag(), flag(), flag(), flag(), flag(), flag()};
+    return {int(random.below(3)),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag(),
+            flag()};
   }
 
 private:
@@ -102,7 +122,7 @@ private:
     };
     for (int64_t b = 0; b < q.B; b++)
       for (int64_t t = q.lengths[b]; t < q.T; t++) {
-        clear(q.x, t * q.B + b, q.gates_given ? G * q.H : q.I);
+        clear(q.x, t * q.B + b, q.gates_given ? G * q.H : q.I), clear(q.flags, t * q.B + b, 1);
         for (size_t k = 0; k < q.dseq.size(); k++) clear(q.dseq[k], t * q.B + b, q.size(int(k)));
       }
   }
@@ -127,6 +147,8 @@ class Inputs {
   }
   template <class Args> Args sequence(const Layer &q) {
     Args args{};
+    args.params = put(q.params), args.flags = put(q.flags), args.noise = q.noise.data();
+    args.seed = q.seeded ? &q.seed : nullptr, args.first_number = q.first_number, args.skip = q.skip;
     args.T = q.T, args.B = q.B, args.I = q.gates_given ? 0 : q.I, args.H = q.H, args.R = q.R, args.reverse = q.reverse;
     if (q.layout == Layout::dense) return args;
     std::vector<int64_t> rows(q.T), order(q.B);
@@ -150,6 +172,7 @@ public:
     forward.w_ih = backward.w_ih = put(q.w_ih), forward.b_ih = put(q.b_ih);
     forward.w_hh = backward.w_hh = put(q.w_hh), forward.b_hh = put(q.b_hh);
     forward.w_hr = backward.w_hr = put(q.w_hr);
+    backward.clip = q.clip;
     backward.raw = put(q.raw), backward.acts = put(q.acts);
     for (size_t k = 0; k < q.s0.size(); k++) {
       forward.s0[k] = backward.s0[k] = put(q.s0[k]), backward.seq[k] = put(q.seq[k]);
@@ -272,7 +295,7 @@ template <class Cell, class P> void call(const Layer &q, const Wish &w, const In
   const bool project = !q.gates_given;
   b.dx = out.add("dx", q.dx, dx * largest(q.w_ih), w.dx && project);
   b.dw_ih = out.add("dw_ih", q.dw_ih, dx * largest(q.x), w.dw_ih && project);
-  b.dw_hh = out.add("dw_hh", q.dw_hh, dr * largest(q.seq[0]), w.dw_hh);
+  b.dw_hh = out.add("dw_hh", q.dw_hh, dr * largest(q.seq[0]), w.dw_hh && Cell::recurrent);
   b.dw_hr = out.add("dw_hr", q.dw_hr, dy * largest(q.raw), w.dw_hr && q.projected);
   b.db_ih = out.add("db_ih", q.db_ih, dx, w.db_ih);
   b.db_hh = out.add("db_hh", q.db_hh, dr, w.db_hh);
@@ -281,6 +304,8 @@ template <class Cell, class P> void call(const Layer &q, const Wish &w, const In
   b.dr = out.add("dr", q.dr, given / 10, w.dr && !Cell::shared);
   b.v = out.add("v", q.v, 0, w.v && Cell::Q > 0);
   b.dproj = out.add("dproj", q.dproj, given / 10, w.dproj && q.projected);
+  b.dparams = out.add("dparams", q.dparams, given, w.dparams && Cell::P > 0);
+  b.dp = out.add("dp", q.dp, given / 10, w.dp && Cell::P > 0);
   b.norms = out.add_norms(q.norms, w.norms);
   spoil_scratch();
   recurrent_backward<Cell, T, P>(b);

@@ -17,14 +17,16 @@ import torch
 
 from gradkernels.backends import cpu
 from gradkernels.backends.cpu import toolchain
-from gradkernels.cells import CELLS
+from gradkernels.cells import codegen
+from tests.backends.test_cpu_cells import alone, alone_normal, groups, normal
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, BUILD = ROOT / "tests" / "csrc", ROOT / "build" / "sanitizers"
 CASES = 200
-STORAGE = ("float", "double", "bfloat16", "half")
+STORAGE = toolchain.STORAGE
+USER_CELLS = tuple(c.name for c in (groups, normal, alone, alone_normal))
 
 BEST = cpu.BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("base",))[0]
 ISAS = tuple(dict.fromkeys(("base", BEST)))
@@ -80,12 +82,23 @@ def sources():
     return digest.digest()
 
 
+@functools.cache
+def user_cells():
+    """The text of cells that use everything a cell may have, written where user_walk.cpp finds it."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = codegen.header([groups, normal, alone, alone_normal])
+    (BUILD / "user_cells.gen.h").write_text(text, encoding="utf-8")
+    return text
+
+
 def compile_program(name, sanitizer, isa="base", storage=None):
     """The path of the program `name`.cpp, compiled unless it is already there from the same sources and flags."""
     BUILD.mkdir(parents=True, exist_ok=True)
     target = BUILD / "-".join(filter(None, (name, sanitizer, isa, storage)))
     line = [*command(sanitizer, isa), *([f"-DGK_STORAGE={storage}"] if storage else []), str(HERE / f"{name}.cpp")]
-    digest = hashlib.sha256(repr(line).encode() + version() + sources()).hexdigest()
+    if name == "user_walk":
+        line += [f"-I{BUILD}", f"-I{ROOT / 'csrc'}"]
+    digest = hashlib.sha256(repr(line).encode() + version() + sources() + user_cells().encode()).hexdigest()
     stamp = target.with_suffix(".sha256")
     if target.exists() and stamp.exists() and stamp.read_text() == digest:
         return target
@@ -169,7 +182,7 @@ def programs(name, sanitizer, isas=("base",), storage=(None,)):
     return pytest.mark.parametrize("program", every, ids=["-".join(filter(None, p[1:])) for p in every], indirect=True)
 
 
-def walk(program, seed, cases=CASES, cells=CELLS, **environment):
+def walk(program, seed, cases=CASES, cells=codegen.COMPILED, **environment):
     printed = passes(program, seed, 0, cases, *cells, **environment)
     assert re.search(rf"^{cases} cases, \d{{3,}} tensors, 0 failures;", printed, re.MULTILINE), printed
 
@@ -211,6 +224,16 @@ def test_memory_where_openmp_gives_fewer_threads(program):
 @programs("recurrent_walk", "thread", ISAS[-1:], ("float", "bfloat16"))
 def test_threads(program):
     walk(program, seed=3)
+
+
+@programs("user_walk", "address", ISAS[-1:], ("float",))
+def test_memory_of_any_cell(program):
+    walk(program, seed=4, cells=USER_CELLS)
+
+
+@programs("user_walk", "thread", ISAS[-1:], ("float",))
+def test_threads_of_any_cell(program):
+    walk(program, seed=5, cases=100, cells=USER_CELLS)
 
 
 @programs("layers_walk", "address", ISAS, STORAGE)
