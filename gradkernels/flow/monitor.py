@@ -24,7 +24,7 @@ class Monitor(Recorder):
 
     def _now(self) -> Record | None:
         """A record of what the step under way has measured so far."""
-        found = {(point, k): g for point in self._points for k, g in point.peek()}
+        found = {} if self._captured else self._found()
         if not found or self.group is not None:
             return None
         scale = self.scaler._scale.clone() if self.scaler is not None and self.scaler._scale is not None else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -83,6 +83,7 @@ class Recorder:
             raise ValueError(f"spectra are those of recurrent layers, and {self.name} has none")
         self._history, self._alerts = History(keep), Alerts(patience=0 if scaler is None else SKIPS)
         self._pending: list[Step] = []
+        self._captured: dict[Any, Tensor] = {}  # where a CUDA graph leaves what it measures
         self._untold: list[tuple[Record, list[Alert]]] = []
         self._short: set[Sequence] = set()
         self._lock = threading.RLock()
@@ -107,7 +108,11 @@ class Recorder:
                 it._before_update(optimizer)
 
         def after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            if (it := me()) is not None and it.scaler is None and it._updates(optimizer):
+            if (it := me()) is None or not it._updates(optimizer):
+                return
+            if capturing(it.device):
+                it._captured = it._found()
+            elif it.scaler is None:
                 it.step()
 
         handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
@@ -172,8 +177,15 @@ class Recorder:
         elif many >= TOGETHER or (many and time.monotonic() - self._read > WAIT):
             self.flush()
 
+    def _found(self) -> dict[Any, Tensor]:
+        """What the step under way has measured so far."""
+        return {(point, k): g for point in self._points for k, g in point.peek()}
+
     def _collect(self, level: int) -> None:
-        found = {(point, k): g for point in self._points for k, g in point.take()}
+        if self._captured:  # a graph writes there again with every replay
+            found = {key: g.clone() for key, g in self._captured.items()}
+        else:
+            found = {(point, k): g for point in self._points for k, g in point.take()}
         scale = None
         if self.scaler is not None and self.scaler.is_enabled():
             scale = self.scaler._scale.clone() if self.scaler._scale is not None else None
@@ -295,6 +307,11 @@ NOTHING = (
     "nothing has been measured yet: call loss.backward() on what the watched model computed with gradients enabled "
     "(torch.autograd.grad and torch.func leave monitors out; a model compiled before it was watched may have to be compiled again)"
 )
+
+
+def capturing(device: torch.device) -> bool:
+    """What runs now is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

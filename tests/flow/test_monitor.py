@@ -259,6 +259,25 @@ def test_model_and_monitor_are_freed():
     assert model_gone() is None
 
 
+@pytest.mark.cpu
+def test_stepped_by_hand_after_replays_of_a_graph(monkeypatch):
+    """What a captured graph does, done by hand: it measures into the same memory at every replay, and Python does not run."""
+    model = small()
+    monitor = gk.flow.watch(model)
+    train(model, 1)
+    monkeypatch.setattr(gk.flow.recorder, "capturing", lambda device: True)
+    train(model, 1)
+    monkeypatch.undo()
+    assert monitor.step_count == 1
+    memory = model.rnn.probes[0].grad
+    for factor in (4.0, 100.0):
+        memory[:, :2] *= factor
+        monitor.step()
+    captured, replayed = (record.layers["rnn.l0"].signals["h"] for record in monitor.history[1:])
+    np.testing.assert_allclose(replayed - captured, 1.0, atol=1e-5)  # ten times the norm
+    assert monitor.step_count == 3
+
+
 def test_optimizers_of_other_models_do_not_count():
     model, other = small(), small()
     monitor = gk.flow.watch(model)
