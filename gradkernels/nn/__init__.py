@@ -1,5 +1,6 @@
 """Layers shaped like torch.nn's: the same arguments, parameters, errors and results, on gradkernels' own kernels."""
 
+from gradkernels.nn import weights
 from gradkernels.nn.any_cell import Recurrent, SkipRNN
 from gradkernels.nn.attention import AttentionBlock, MultiheadAttention
 from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
@@ -31,4 +32,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "WaveNet",
+    "weights",
 ]
