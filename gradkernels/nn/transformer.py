@@ -113,15 +113,21 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         x, cu_seqlens = src, None
-        attend: Callable[[Tensor], Tensor]
         if src.is_nested:
             if src_mask is not None or src_key_padding_mask is not None:
                 raise AssertionError("neither src_key_padding_mask nor src_mask are supported with NestedTensor input")
             x, cu_seqlens = flattened(src)
-            attend = lambda v: flattened(_attended(self.self_attn, *[nested(v, cu_seqlens)] * 2, None, None, False))[0]
+
+            def attend(v):
+                v = nested(v, cu_seqlens)
+                return flattened(_attended(self.self_attn, v, v, None, None, False))[0]
+
         else:
             src_mask, src_key_padding_mask = _masks(src_mask, src_key_padding_mask, src)
-            attend = lambda v: _attended(self.self_attn, v, v, src_mask, src_key_padding_mask, is_causal)
+
+            def attend(v):
+                return _attended(self.self_attn, v, v, src_mask, src_key_padding_mask, is_causal)
+
         with remaking():
             x = joined(x, attend, self.norm1, self.dropout1, self.norm_first)
             x = joined(x, partial(feed_forward, layer=self), self.norm2, self.dropout2, self.norm_first)
