@@ -64,6 +64,11 @@ def _unit(heads: Sequence[Tensor]) -> int:
     return unit if wide else 1
 
 
+def _named(name: str, strides: Sequence[int]) -> dict[str, int]:
+    """Those of a sequence, a head and a token, each by itself: numbers in a tuple make kernels for special cases of them."""
+    return {f"{name}_s{of}": stride for of, stride in zip("bht", strides)}
+
+
 class _Call:
     """What all kernels of a call are told, by name."""
 
@@ -84,7 +89,7 @@ class _Call:
         below, kept = limit(p)
         self.told = {
             "bias": self.bias, "slopes": _dense(slopes), "cu_q": cu_q, "cu_k": cu_k, "key_mask": _dense(key_mask), "seed": seed,
-            "bias_strides": tuple(strides[:3]), "slopes_stride": 0 if slopes is None or slopes.shape[0] == 1 else self.Hq,
+            **_named("bias", strides), "slopes_stride": 0 if slopes is None or slopes.shape[0] == 1 else self.Hq,
             "n": self.n, "depth": self.n.bit_length(), "Hq": self.Hq, "group": self.Hq // self.Hk, "Tq": self.Tq, "Tk": self.Tk,
             "left": far if left < 0 else min(left, far), "right": 0 if causal else far if right < 0 else min(right, far),
             "scale": scale, "below": below, "kept": kept,
@@ -95,7 +100,8 @@ class _Call:
         from gradkernels.backends.triton.attention_tiles import choose
 
         Tq = None if self.cu["q"] is not None else self.Tq
-        plain = self.bias is None and _unit(list(self.heads.values())) > 1
+        added = any(self.told[name] is not None for name in ("bias", "slopes", "key_mask"))
+        plain = not added and _unit(list(self.heads.values())) > 1
         return choose(kernel, self.number, self.at, self.D, self.E, Tq, self.dropout, plain)
 
     def blocks(self, of: str, size: int) -> int:
@@ -110,7 +116,9 @@ class _Call:
 
         heads = self.heads | heads
         unit = _unit(list(heads.values()))
-        strides = {f"{name}_strides": tuple(s // unit for s in t.stride()[:3]) for name, t in heads.items()}
+        strides: dict[str, int] = {}
+        for name, t in heads.items():
+            strides |= _named(name, [s // unit for s in t.stride()])
         shape = Shape(**self.shape, DP=padded(self.D), EP=padded(self.E), UNIT=unit, BM=tile.BM, BN=tile.BN, WS=tile.WS)
         arguments = self.told | heads | strides | more | {"S": shape}
         run = functools.partial(launch, kernel, (programs,), arguments, tile.options)

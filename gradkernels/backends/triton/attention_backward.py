@@ -17,6 +17,7 @@ import triton.language as tl
 
 from gradkernels.backends.triton.attention_blocks import (
     LOG2E,
+    SIZES,
     beyond,
     dropout,
     extent,
@@ -89,9 +90,7 @@ def take_keys(
     return tl.dot(ds.to(key.dtype), key, acc, input_precision=S.PRECISION, out_dtype=S.ACC)
 
 
-@triton.jit(
-    do_not_specialize=["slopes_stride", "n", "depth", "blocks", "Hq", "group", "Tq", "Tk", "left", "right", "below"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def adjoint_queries(
     q,
     k,
@@ -108,13 +107,27 @@ def adjoint_queries(
     dlse,  # [B, Hq, Tq] or None
     dq,
     delta,  # [B, Hq, Tq] to fill
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dout_strides,
-    dq_strides,
-    bias_strides,  # (sequence, head, query)
+    q_sb,
+    q_sh,
+    q_st,
+    k_sb,
+    k_sh,
+    k_st,
+    v_sb,
+    v_sh,
+    v_st,
+    out_sb,
+    out_sh,
+    out_st,
+    dout_sb,
+    dout_sh,
+    dout_st,
+    dq_sb,
+    dq_sh,
+    dq_st,
+    bias_sb,
+    bias_sh,
+    bias_st,
     slopes_stride,  # of a sequence
     n,  # sequences
     depth,  # binary digits of n
@@ -137,20 +150,21 @@ def adjoint_queries(
     q_start, Lq = extent(cu_q, s, Tq)
     k_start, Lk = extent(cu_k, s, Tk)
     known = facts(
-        slopes, seed, s, b, h, Lq, Lk, Tk, bias_strides, slopes_stride, left, right, scale, below, kept, S.ACC
+        slopes, seed, s, b, h, Lq, Lk, Tk, (bias_sb, bias_sh, bias_st), slopes_stride, left, right,
+        scale, below, kept, S.ACC,
     )  # fmt: skip
     i = first + tl.arange(0, BM)
     words = word_rows(cu_q, b, h, q_start, i, Hq, Tq)
     row = (b * Hq + h) * Tq + q_start + i
 
     query = rows(
-        head(q, q_strides, b, h, q_start, S.UNIT), q_strides[2], first, Lq, BM, S.D, DP, S.UNIT, True
+        head(q, (q_sb, q_sh, q_st), b, h, q_start, S.UNIT), q_st, first, Lq, BM, S.D, DP, S.UNIT, True
     )  # fmt: skip
     pull = rows(
-        head(dout, dout_strides, b, h, q_start, S.UNIT), dout_strides[2], first, Lq, BM, S.E, S.EP, S.UNIT, True
+        head(dout, (dout_sb, dout_sh, dout_st), b, h, q_start, S.UNIT), dout_st, first, Lq, BM, S.E, S.EP, S.UNIT, True
     )  # fmt: skip
     made = rows(
-        head(out, out_strides, b, h, q_start, S.UNIT), out_strides[2], first, Lq, BM, S.E, S.EP, S.UNIT, True
+        head(out, (out_sb, out_sh, out_st), b, h, q_start, S.UNIT), out_st, first, Lq, BM, S.E, S.EP, S.UNIT, True
     )  # fmt: skip
     most = largest(tl.load(lse + row, mask=i < Lq, other=-float("inf")), S.ACC)
     mean = tl.sum(pull.to(S.ACC) * made.to(S.ACC), 1)
@@ -159,9 +173,9 @@ def adjoint_queries(
     mean = tl.where(most == float("inf"), 0.0, mean)
     tl.store(delta + row, mean, mask=i < Lq)
 
-    k_head = head(k, k_strides, b, h // group, k_start, S.UNIT)
-    v_head = head(v, v_strides, b, h // group, k_start, S.UNIT)
-    strides = k_strides[2], v_strides[2]
+    k_head = head(k, (k_sb, k_sh, k_st), b, h // group, k_start, S.UNIT)
+    v_head = head(v, (v_sb, v_sh, v_st), b, h // group, k_start, S.UNIT)
+    strides = k_st, v_st
     here = first + Lk - Lq
     low, begin, end, high = visible(here, tl.minimum(here + BM, Lk) - 1, left, right, Lk, S.BN)
     acc = tl.zeros([BM, DP], S.ACC)
@@ -175,8 +189,8 @@ def adjoint_queries(
             acc, query, pull, k_head, v_head, strides, beyond(at, begin, end), i, most, mean, words,
             bias, slopes, key_mask, seed, known, S, True,
         )  # fmt: skip
-    to = head(dq, dq_strides, b, h, q_start, S.UNIT)
-    store_rows(to, dq_strides[2], first, Lq, acc * tl.full([], scale, S.ACC), S.D, S.UNIT)
+    to = head(dq, (dq_sb, dq_sh, dq_st), b, h, q_start, S.UNIT)
+    store_rows(to, dq_st, first, Lq, acc * tl.full([], scale, S.ACC), S.D, S.UNIT)
 
 
 # ---------------------------------------------------------------- keys and values
@@ -212,9 +226,7 @@ def take_queries(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=["slopes_stride", "n", "depth", "blocks", "Hq", "group", "Tq", "Tk", "left", "right", "below"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def adjoint_keys(
     q,
     k,
@@ -230,13 +242,27 @@ def adjoint_keys(
     delta,  # [B, Hq, Tq]
     dk,
     dv,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
-    bias_strides,  # (sequence, head, query)
+    q_sb,
+    q_sh,
+    q_st,
+    k_sb,
+    k_sh,
+    k_st,
+    v_sb,
+    v_sh,
+    v_st,
+    dout_sb,
+    dout_sh,
+    dout_st,
+    dk_sb,
+    dk_sh,
+    dk_st,
+    dv_sb,
+    dv_sh,
+    dv_st,
+    bias_sb,
+    bias_sh,
+    bias_st,
     slopes_stride,  # of a sequence
     n,  # sequences
     depth,  # binary digits of n
@@ -259,10 +285,10 @@ def adjoint_keys(
     q_start, Lq = extent(cu_q, s, Tq)
     k_start, Lk = extent(cu_k, s, Tk)
     key = rows(
-        head(k, k_strides, b, shared, k_start, S.UNIT), k_strides[2], first, Lk, BN, S.D, DP, S.UNIT, True
+        head(k, (k_sb, k_sh, k_st), b, shared, k_start, S.UNIT), k_st, first, Lk, BN, S.D, DP, S.UNIT, True
     )  # fmt: skip
     value = rows(
-        head(v, v_strides, b, shared, k_start, S.UNIT), v_strides[2], first, Lk, BN, S.E, EP, S.UNIT, True
+        head(v, (v_sb, v_sh, v_st), b, shared, k_start, S.UNIT), v_st, first, Lk, BN, S.E, EP, S.UNIT, True
     )  # fmt: skip
     # queries, seen from the keys: left and right change sides
     here = first + Lq - Lk
@@ -273,25 +299,28 @@ def adjoint_keys(
     for step in range(group * inner):
         h = shared * group + step // inner
         known = facts(
-            slopes, seed, s, b, h, Lq, Lk, Tk, bias_strides, slopes_stride, left, right, scale, below, kept, S.ACC
+            slopes, seed, s, b, h, Lq, Lk, Tk, (bias_sb, bias_sh, bias_st), slopes_stride, left, right,
+            scale, below, kept, S.ACC,
         )  # fmt: skip
         state = take_queries(
-            state, key, value, q, dout, lse, delta, q_strides, dout_strides, b, h, begin + step % inner * S.BM, first,
+            state, key, value, q, dout, lse, delta, (q_sb, q_sh, q_st), (dout_sb, dout_sh, dout_st), b, h,
+            begin + step % inner * S.BM, first,
             bias, slopes, key_mask, seed, cu_q, q_start, Hq, Tq, known, S, False,
         )  # fmt: skip
     outer = (high - low) // S.BM - inner
     for step in range(group * outer):
         h = shared * group + step // outer
         known = facts(
-            slopes, seed, s, b, h, Lq, Lk, Tk, bias_strides, slopes_stride, left, right, scale, below, kept, S.ACC
+            slopes, seed, s, b, h, Lq, Lk, Tk, (bias_sb, bias_sh, bias_st), slopes_stride, left, right,
+            scale, below, kept, S.ACC,
         )  # fmt: skip
         state = take_queries(
-            state, key, value, q, dout, lse, delta, q_strides, dout_strides, b, h,
+            state, key, value, q, dout, lse, delta, (q_sb, q_sh, q_st), (dout_sb, dout_sh, dout_st), b, h,
             beyond(low + step % outer * S.BM, begin, end), first,
             bias, slopes, key_mask, seed, cu_q, q_start, Hq, Tq, known, S, True,
         )  # fmt: skip
     total_k, total_v = state
-    to = head(dk, dk_strides, b, shared, k_start, S.UNIT)
-    store_rows(to, dk_strides[2], first, Lk, total_k * tl.full([], scale, S.ACC), S.D, S.UNIT)
-    to = head(dv, dv_strides, b, shared, k_start, S.UNIT)
-    store_rows(to, dv_strides[2], first, Lk, total_v, S.E, S.UNIT)
+    to = head(dk, (dk_sb, dk_sh, dk_st), b, shared, k_start, S.UNIT)
+    store_rows(to, dk_st, first, Lk, total_k * tl.full([], scale, S.ACC), S.D, S.UNIT)
+    to = head(dv, (dv_sb, dv_sh, dv_st), b, shared, k_start, S.UNIT)
+    store_rows(to, dv_st, first, Lk, total_v, S.E, S.UNIT)

@@ -14,15 +14,10 @@ import triton
 import triton.language as tl
 
 from gradkernels.backends.triton.attention_backward import gradients, largest
-from gradkernels.backends.triton.attention_blocks import facts, head, rows, visible, word_rows
+from gradkernels.backends.triton.attention_blocks import SIZES, facts, head, rows, visible, word_rows
 
 
-@triton.jit(
-    do_not_specialize=[
-        "slopes_stride", "Hq", "group", "Tq", "Tk", "left", "right", "below", "bias_heads", "bias_blocks", "blocks",
-        "shared_b", "shared_h",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*SIZES, "bias_blocks", "bias_heads", "shared_b", "shared_h"])
 def adjoint_bias(
     q,
     k,
@@ -35,11 +30,21 @@ def adjoint_bias(
     dout,
     delta,  # [B, Hq, Tq]
     dbias,  # contiguous
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    bias_strides,  # (sequence, head, query)
+    q_sb,
+    q_sh,
+    q_st,
+    k_sb,
+    k_sh,
+    k_st,
+    v_sb,
+    v_sh,
+    v_st,
+    dout_sb,
+    dout_sh,
+    dout_st,
+    bias_sb,
+    bias_sh,
+    bias_st,
     slopes_stride,  # of a sequence
     Hq,
     group,  # heads of queries that share one of keys
@@ -74,23 +79,24 @@ def adjoint_bias(
         s = bias_b + member // shared_h
         b, h = s.to(tl.int64), bias_h + member % shared_h
         known = facts(
-            slopes, seed, s, b, h, Tq, Tk, Tk, bias_strides, slopes_stride, left, right, scale, below, kept, S.ACC
+            slopes, seed, s, b, h, Tq, Tk, Tk, (bias_sb, bias_sh, bias_st), slopes_stride, left, right,
+            scale, below, kept, S.ACC,
         )  # fmt: skip
         key = rows(
-            head(k, k_strides, b, h // group, 0, S.UNIT), k_strides[2], first, Tk, BN, S.D, S.DP, S.UNIT, True
+            head(k, (k_sb, k_sh, k_st), b, h // group, 0, S.UNIT), k_st, first, Tk, BN, S.D, S.DP, S.UNIT, True
         )  # fmt: skip
         value = rows(
-            head(v, v_strides, b, h // group, 0, S.UNIT), v_strides[2], first, Tk, BN, S.E, S.EP, S.UNIT, True
+            head(v, (v_sb, v_sh, v_st), b, h // group, 0, S.UNIT), v_st, first, Tk, BN, S.E, S.EP, S.UNIT, True
         )  # fmt: skip
-        q_head = head(q, q_strides, b, h, 0, S.UNIT)
-        dout_head = head(dout, dout_strides, b, h, 0, S.UNIT)
+        q_head = head(q, (q_sb, q_sh, q_st), b, h, 0, S.UNIT)
+        dout_head = head(dout, (dout_sb, dout_sh, dout_st), b, h, 0, S.UNIT)
         for at in range(low, high, BM):
             i = at + tl.arange(0, BM)
             row = (b * Hq + h) * Tq + i
             most = largest(tl.load(lse + row, mask=i < Tq, other=-float("inf")), S.ACC)
             mean = tl.load(delta + row, mask=i < Tq, other=0.0)
-            query = rows(q_head, q_strides[2], at, Tq, BM, S.D, S.DP, S.UNIT, True)
-            pull = rows(dout_head, dout_strides[2], at, Tq, BM, S.E, S.EP, S.UNIT, True)
+            query = rows(q_head, q_st, at, Tq, BM, S.D, S.DP, S.UNIT, True)
+            pull = rows(dout_head, dout_st, at, Tq, BM, S.E, S.EP, S.UNIT, True)
             products = tl.dot(query, tl.trans(key), input_precision=S.PRECISION, out_dtype=S.ACC)
             pulls = tl.dot(pull, tl.trans(value), input_precision=S.PRECISION, out_dtype=S.ACC)
             words = word_rows(None, b, h, 0, i, Hq, Tq)

@@ -18,6 +18,11 @@ from gradkernels.backends.triton import philox
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Numbers of which no kernel is a special case: what divides strides is said by UNIT. Those of q are q_sb, q_sh, q_st.
+SIZES = [
+    *(f"{name}_s{of}" for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias") for of in "bht"),
+    "slopes_stride", "n", "depth", "blocks", "Hq", "group", "Tq", "Tk", "left", "right", "below",
+]  # fmt: skip
 
 # ---------------------------------------------------------------- places
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from gradkernels.backends.triton.attention_blocks import (
     LN2,
+    SIZES,
     beyond,
     dropout,
     extent,
@@ -68,9 +69,7 @@ def take(
     return acc, higher, total
 
 
-@triton.jit(
-    do_not_specialize=["slopes_stride", "n", "depth", "blocks", "Hq", "group", "Tq", "Tk", "left", "right", "below"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def attend(
     q,
     k,
@@ -83,11 +82,21 @@ def attend(
     seed,  # int64 [1] or None
     out,
     lse,  # [B, Hq, Tq]
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    bias_strides,  # (sequence, head, query)
+    q_sb,
+    q_sh,
+    q_st,
+    k_sb,
+    k_sh,
+    k_st,
+    v_sb,
+    v_sh,
+    v_st,
+    out_sb,
+    out_sh,
+    out_st,
+    bias_sb,
+    bias_sh,
+    bias_st,
     slopes_stride,  # of a sequence
     n,  # sequences
     depth,  # binary digits of n
@@ -111,16 +120,17 @@ def attend(
     q_start, Lq = extent(cu_q, s, Tq)
     k_start, Lk = extent(cu_k, s, Tk)
     known = facts(
-        slopes, seed, s, b, h, Lq, Lk, Tk, bias_strides, slopes_stride, left, right, scale, below, kept, S.ACC
+        slopes, seed, s, b, h, Lq, Lk, Tk, (bias_sb, bias_sh, bias_st), slopes_stride, left, right,
+        scale, below, kept, S.ACC,
     )  # fmt: skip
     i = first + tl.arange(0, BM)
     words = word_rows(cu_q, b, h, q_start, i, Hq, Tq)
 
-    queries = source(head(q, q_strides, b, h, q_start, S.UNIT), q_strides[2], Lq, BM, S.D, S.DP, S.UNIT, S.WS)
-    keys = source(head(k, k_strides, b, h // group, k_start, S.UNIT), k_strides[2], Lk, S.BN, S.D, S.DP, S.UNIT, S.WS)
-    values = source(head(v, v_strides, b, h // group, k_start, S.UNIT), v_strides[2], Lk, S.BN, S.E, EP, S.UNIT, S.WS)
-    query = rows(queries, q_strides[2], first, Lq, BM, S.D, S.DP, S.UNIT, True, S.WS)
-    strides = k_strides[2], v_strides[2]
+    queries = source(head(q, (q_sb, q_sh, q_st), b, h, q_start, S.UNIT), q_st, Lq, BM, S.D, S.DP, S.UNIT, S.WS)
+    keys = source(head(k, (k_sb, k_sh, k_st), b, h // group, k_start, S.UNIT), k_st, Lk, S.BN, S.D, S.DP, S.UNIT, S.WS)
+    values = source(head(v, (v_sb, v_sh, v_st), b, h // group, k_start, S.UNIT), v_st, Lk, S.BN, S.E, EP, S.UNIT, S.WS)
+    query = rows(queries, q_st, first, Lq, BM, S.D, S.DP, S.UNIT, True, S.WS)
+    strides = k_st, v_st
 
     here = first + Lk - Lq
     low, begin, end, high = visible(here, tl.minimum(here + BM, Lk) - 1, left, right, Lk, S.BN)
@@ -144,7 +154,7 @@ def attend(
     acc, most, total = state
     nothing = total == 0
     whole = tl.where(nothing, 1.0, total)
-    to = head(out, out_strides, b, h, q_start, S.UNIT)
-    store_rows(to, out_strides[2], first, Lq, acc / whole[:, None], S.E, S.UNIT)
+    to = head(out, (out_sb, out_sh, out_st), b, h, q_start, S.UNIT)
+    store_rows(to, out_st, first, Lq, acc / whole[:, None], S.E, S.UNIT)
     row = (b * Hq + h) * Tq + q_start + i
     tl.store(lse + row, tl.where(nothing, -float("inf"), (most + tl.log2(whole)) * LN2), mask=i < Lq)

@@ -51,51 +51,45 @@ class Shape:
     WS: bool
 
 
-# Bytes of a row of queries -> tiles, the best first; the first that fits into shared memory is taken.
+# Bytes of a row of queries -> tiles, the best first; the first that fits into shared memory is taken, or else the least.
 Rows = dict[int, list[Tile]]
-BIAS: Rows = {
-    128: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)],
-    256: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)],
-    512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)],
-    1024: [Tile(16, 16, 4, 1)],
-}
-HOPPER: dict[str, Rows] = {  # whose products are made by four warps together
-    "forward": {128: [Tile(128, 64, 8, 3)], 256: [Tile(128, 64, 8, 3)], 512: [Tile(64, 32, 8, 2)]},
+LEAST = Tile(16, 16, 4, 1)
+HOPPER: dict[str, Rows] = {  # values of 16 bits, whose products are made by four warps together
+    "forward": {256: [Tile(128, 64, 8, 3)], 512: [Tile(64, 32, 8, 2)]},
     "queries": {128: [Tile(128, 64, 8, 2)], 256: [Tile(128, 32, 8, 2)], 512: [Tile(32, 32, 4, 2)]},
-    "keys": {128: [Tile(32, 128, 8, 2)], 256: [Tile(32, 128, 8, 2)], 512: [Tile(32, 32, 8, 2)]},
-    "bias": BIAS,
+    "keys": {256: [Tile(32, 128, 8, 2)], 512: [Tile(32, 32, 8, 2)]},
+    "bias": {128: [Tile(64, 64, 8, 2)], 256: [Tile(64, 32, 8, 2)], 512: [Tile(32, 32, 4, 2)]},
 }
-TENSOR_CORES: dict[str, Rows] = {
+HALVES: dict[str, Rows] = {  # values of 16 bits elsewhere
     "forward": {
         128: [Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
         256: [Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)],
-        512: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)],
-        1024: [Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)],
+        512: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)],
     },
-    "queries": {
-        128: [Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)],
-        256: [Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)],
-        512: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)],
-        1024: [Tile(16, 16, 4, 1)],
-    },
+    "queries": {256: [Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)], 512: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)]},
     "keys": {
         128: [Tile(32, 128, 8, 2), Tile(32, 64, 4, 2)],
         256: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)],
-        512: [Tile(32, 32, 8, 2), Tile(16, 16, 4, 1)],
-        1024: [Tile(16, 16, 4, 1)],
+        512: [Tile(32, 32, 8, 2)],
     },
-    "bias": BIAS,
+    "bias": {256: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)], 512: [Tile(32, 32, 4, 2)]},
+}
+TF32: dict[str, Rows] = {
+    "forward": {256: [Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)], 512: [Tile(64, 32, 8, 2)], 1024: [Tile(32, 32, 8, 1)]},
+    "queries": {256: [Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)], 512: [Tile(32, 32, 8, 2)], 1024: [LEAST]},
+    "keys": {256: [Tile(32, 64, 8, 2)], 512: [Tile(32, 32, 8, 2)], 1024: [LEAST]},
+    "bias": {256: [Tile(32, 32, 4, 2)], 512: [Tile(32, 32, 8, 2)], 1024: [LEAST]},
 }
 ONE_BY_ONE: dict[str, Rows] = {  # products that are single operations, of all factors in registers
-    "forward": {256: [Tile(64, 32, 8, 2)], 512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 4, 1)]},
+    "forward": {256: [Tile(64, 32, 8, 2)], 512: [Tile(32, 32, 4, 2)], 2048: [LEAST]},
     "queries": {512: [Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)], 1024: [Tile(16, 16, 4, 2)], 2048: [Tile(16, 16, 8, 1)]},
-    "keys": {256: [Tile(32, 32, 8, 2)], 1024: [Tile(16, 16, 4, 1)], 2048: [Tile(16, 16, 8, 1)]},
-    "bias": {256: [Tile(32, 32, 4, 1)], 1024: [Tile(16, 16, 4, 2)], 2048: [Tile(16, 16, 8, 1)]},
+    "keys": {256: [Tile(32, 32, 8, 2)], 1024: [LEAST], 2048: [Tile(16, 16, 8, 1)]},
+    "bias": {256: [Tile(32, 32, 4, 2)], 1024: [Tile(16, 16, 4, 2)], 2048: [Tile(16, 16, 8, 1)]},
 }
 
-# (version of Triton, compute capability, widest of D and E, dropout) -> the tile of forward with warps of their own for loads.
-# Values are of 16 bits, rows begin on multiples of 16 bytes, and no bias is added.
-SPECIALIZED = {
+# (version of Triton, compute capability, D and E, dropout) -> the tile of forward with warps of their own for loads. Values are
+# of 16 bits, rows begin on multiples of 16 bytes, and nothing is added to scores and nothing masked but by place.
+SPECIALIZED: dict[tuple[str, int | None, int, bool], Tile] = {
     ("3.6", 90, 64, False): Tile(128, 128, 4, 2, True),
     ("3.6", 90, 128, False): Tile(128, 128, 4, 2, True),
     ("3.6", 100, 64, False): Tile(128, 128, 4, 2, True),
@@ -134,20 +128,21 @@ def choose(
     E: int,
     Tq: int | None,  # None: it differs between sequences
     dropout: bool,
-    plain: bool,  # whether rows begin on multiples of 16 bytes and there is no bias
+    plain: bool,  # whether rows begin on multiples of 16 bytes, and scores are those of places alone
 ) -> Tile | None:
     """The tile of a kernel; None: there is none that fits into shared memory."""
     width, arch = padded(max(D, E)), capability()
     short = Tq is not None and Tq <= ROWS
-    if kernel == "forward" and number.bytes == 2 and plain and not short:
-        special = SPECIALIZED.get((VERSION, arch, width, dropout))
+    if kernel == "forward" and number.bytes == 2 and D == E and plain and not short:
+        special = SPECIALIZED.get((VERSION, arch, D, dropout))
         if special is not None:
             return special
-    table = TENSOR_CORES if number.tensor_cores else ONE_BY_ONE
-    if arch == 90 and number.bytes == 2:
-        table = HOPPER
+    if number.bytes == 2:
+        table = HOPPER if arch == 90 else HALVES
+    else:
+        table = TF32 if number.tensor_cores else ONE_BY_ONE
     tiles = next(tiles for row, tiles in table[kernel].items() if row >= width * number.bytes)
-    for tile in tiles:
+    for tile in (*tiles, LEAST):
         if memory(kernel, tile, width, number.bytes, dropout) <= at.shared:
             if short and kernel in (
                 "forward",

@@ -193,7 +193,7 @@ def test_any_strides(t, form):
     out = attention.forward(*given, *rest, **how)
     want = reference.attention.forward(*given, *rest, **how)
     assert_close_to_truth(out, want, want)
-    grads = [torch.ones(1, 1, 1, 1).expand_as(out[0]), torch.ones(1, 1, 1).expand_as(out[1])]
+    grads = [torch.ones(1, dtype=torch.double).expand_as(o) for o in out]
     ours, theirs = (b.backward(grads, [*given, *rest], want, need, **how) for b in (attention, reference.attention))
     assert_close_to_truth(ours, theirs, theirs)
 
