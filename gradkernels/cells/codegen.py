@@ -96,7 +96,7 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
     flag = lambda value: "true" if value else "false"
     lines = [
         f"struct {type_name(cell)} {{",
-        f"  static constexpr const char *name = {json.dumps(cell.name)};",
+        f"  static constexpr const char *name = {json.dumps(cell.name, ensure_ascii=False)};",
         f"  static constexpr int G = {cell.G}, S = {cell.S}, P = {cell.P}, M = {cell.M}, D = {cell.D}, A = {cell.A}, Q = {len(cell.second)};",
         f"  static constexpr bool shared = {flag(not cell.split)}, recurrent = {flag(cell.recurrent)}, means = {flag(cell.means)};",
     ]

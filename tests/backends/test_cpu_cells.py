@@ -187,7 +187,7 @@ def test_many_tokens_between_two_sums_of_parameters():
 # ---------------------------------------------------------------- compiling
 
 
-def fresh(name="fresh"):
+def fresh(name='a "new" $cell'):
     return cell(lambda x, r, s: tanh(x[0] - r[0]), name=name)
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F821 - functions of the cell language need no import
 """The C++ text: current, free of warnings, and numerically the functions that torch runs."""
 
 import ast
@@ -224,9 +225,11 @@ def test_rounds_share_what_does_not_wait(zoo):
     }
 
 
-def test_a_name_that_is_none_in_cpp():
-    text = codegen.struct(cell(lambda x, r, s: x[0] + r[0]))
-    assert text.startswith("struct LambdaCell {") and 'name = "<lambda>";' in text
+def test_a_name_that_is_none_in_cpp(tmp_path):
+    odd = cell(lambda x, r, s: tanh(x[0] - r[0]), name='a "name", $of é')
+    text = codegen.struct(odd)
+    assert text.startswith("struct ANameOfCell {") and r'name = "a \"name\", $of é";' in text
+    compare(odd, build([odd], tmp_path))
 
 
 def test_names_are_ours():

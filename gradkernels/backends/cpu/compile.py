@@ -111,7 +111,7 @@ def _compile(cell: Cell, storage: str, flags: str, target: Path) -> None:
         for driver in ("forward", "backward"):
             define = f"{extra} -DGK_DRIVER={driver}"
             source = sources() / "cpu" / "user_cell.cpp"
-            lines += toolchain.compile_to(f"{driver}.o", source, define, f"{driver} of {cell.name} ({storage})")
+            lines += toolchain.compile_to(f"{driver}.o", source, define, f"{driver} of {type_name(cell)} ({storage})")
         lines.append("build cell.so: link forward.o backward.o")
         toolchain.build(folder, lines, quiet=True)
         os.replace(folder / "cell.so", target)
