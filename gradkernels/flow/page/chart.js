@@ -68,7 +68,8 @@ function roomy(range, least = 1e-9) {
 
 /**
  * A figure of lines that draws itself anew when its width or its data change.
- * `describe()` gives {label, x, y, series: [{name, points, dashed, hue, band: [[x, low, high]]}], cursor, label}; axes without a domain get that of the points.
+ * `describe()` gives {x, y, series: [{name, points, dashed, hue, band: [[x, low, high]]}], cursor, label}; axes without a domain
+ * get that of the points.
  */
 function lineFigure(title, describe, height = 260) {
   const heading = make("figcaption", {}, title);
@@ -79,7 +80,10 @@ function lineFigure(title, describe, height = 260) {
     const width = Math.floor(plot.clientWidth);
     if (!width) return;
     const { x, y, series, cursor, label } = describe();
-    const drawn = series.filter((s) => s.points.some(([, value]) => isNumber(value)));
+    // With more lines than colours, those that share one are told apart by dashes.
+    const drawn = series
+      .filter((s) => s.points.some(([, value]) => isNumber(value)))
+      .map((s, i) => ({ ...s, hue: (s.hue ?? i) % 8, dashed: s.dashed || (s.hue ?? i) >= 8 }));
     if (!drawn.length) {
       plot.replaceChildren(make("p", { class: "empty" }, "Nothing has been measured yet."));
       legend.replaceChildren();
@@ -111,13 +115,13 @@ function lineFigure(title, describe, height = 260) {
         svg.append(
           draw("path", {
             d: ribbon(s.band, frame.toX, frame.toY),
-            class: `band hue${(s.hue ?? i) % 8}`,
+            class: `band hue${s.hue}`,
             "clip-path": `url(#${clip})`,
           }),
         );
       const line = draw("path", {
         d: path(s.points, frame.toX, frame.toY),
-        class: `line hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}`,
+        class: `line hue${s.hue}${s.dashed ? " dashed" : ""}`,
         "clip-path": `url(#${clip})`,
         "data-series": s.name,
       });
@@ -126,9 +130,7 @@ function lineFigure(title, describe, height = 260) {
       s.points.forEach(([px, py], k) => {
         const alone = isNumber(py) && !isNumber(s.points[k - 1]?.[1]) && !isNumber(s.points[k + 1]?.[1]);
         if (alone)
-          svg.append(
-            draw("circle", { cx: frame.toX(px), cy: frame.toY(py), r: 2.5, class: `dot hue${(s.hue ?? i) % 8}` }),
-          );
+          svg.append(draw("circle", { cx: frame.toX(px), cy: frame.toY(py), r: 2.5, class: `dot hue${s.hue}` }));
       });
     });
     if (isNumber(cursor)) {
@@ -145,7 +147,7 @@ function lineFigure(title, describe, height = 260) {
     plot.replaceChildren(svg);
     legend.replaceChildren(
       ...drawn.map((s, i) =>
-        make("li", {}, make("span", { class: `key hue${(s.hue ?? i) % 8}${s.dashed ? " dashed" : ""}` }), s.name),
+        make("li", {}, make("span", { class: `key hue${s.hue}${s.dashed ? " dashed" : ""}` }), s.name),
       ),
     );
   };
