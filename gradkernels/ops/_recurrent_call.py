@@ -43,7 +43,8 @@ def call(
     ):  # jit.trace leaves the checks to the operator
         try:
             check_forward(c, *tensors, state, batch_sizes, lengths)
-            if extra is not PLAIN or c.P or c.M or c.D:
+            # in a graph the operator checks it: there numbers may be symbols
+            if (extra is not PLAIN or c.P or c.M or c.D) and not torch.compiler.is_compiling():
                 check_extra(c, tensors[0], tensors[3], extra)
         except AttributeError:
             check_types((*tensors, *(state or ()), batch_sizes, lengths), extra.params)
