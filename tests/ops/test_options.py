@@ -8,7 +8,7 @@ import gradkernels as gk
 from tests import place
 from tests.close import assert_close_to_truth
 from tests.ops.case import cotangents, gradients
-from tests.ops.walk import Walk
+from tests.ops.walk import Walk, keeps
 
 OPTIONS = [
     {},
@@ -245,3 +245,67 @@ def test_weight_drop():
     assert torch.equal(got[0], want[0])
     same = walk.call("reference", weight_drop=0.5, training=False)(*t.values())
     assert torch.equal(same[0], walk.call("reference")(*t.values())[0])
+
+
+def arguments(cell="lstm", **extra):
+    """Of the operator, with an Extra that is wrong."""
+    Z, c = torch.zeros, gk.cells.get(cell)
+    w = Z(c.G * 5, 5) if c.recurrent else Z(5, 0)
+    state = [Z(3, 5) for _ in range(c.S)]
+    return (cell, Z(4, 3, c.G * 5), None, None, w, None, None, state, None, None, False, 2, None), extra
+
+
+@gk.cell
+def noisy(x, r, s, m):
+    return m[0] * tanh(x[0] + r[0]) + m[1] * s[0]  # noqa: F821
+
+
+EXTRA = {
+    "no params": (arguments("lstm_peephole"), ValueError, r"takes 3 parameters per unit, params \[3, 5\]; got none"),
+    "params": (arguments(params=torch.zeros(1, 5)), ValueError, "takes 0 parameters"),
+    "shape": (arguments("indrnn", params=torch.zeros(2, 5)), RuntimeError, r"params must have shape \[1, 5\]"),
+    "dtype": (arguments("indrnn", params=torch.zeros(1, 5).double()), ValueError, "params dtype"),
+    "masks": (arguments(noise=[0.1, 1.0, 0.0]), ValueError, "has 0 masks"),
+    "flags": (arguments(flags=torch.zeros(12)), ValueError, "flags are for masks of kind 2"),
+    "seed": (arguments(seed=torch.zeros(2, dtype=torch.long)), ValueError, r"seed must be int64 \[1\]"),
+    "skip": (arguments(skip=1), ValueError, "skip must be 0 for lstm"),
+    "clip": (arguments(clip=-1.0), ValueError, "clip must not be negative"),
+    "first": (arguments(first=-1), ValueError, "first must not be negative"),
+}
+
+
+@pytest.mark.parametrize(("given", "exception", "text"), EXTRA.values(), ids=EXTRA)
+def test_operator_with_a_wrong_extra(given, exception, text):
+    args, extra = given
+    with pytest.raises(exception, match=text):
+        torch.ops.gradkernels.recurrent_forward(*args, **extra)
+
+
+def test_no_recurrent_product():
+    x, p = torch.zeros(4, 3, 5), torch.ones(1, 5)
+    with pytest.raises(RuntimeError, match=r"weight_hh must have shape \[5, 0\] for indrnn"):
+        gk.ops.recurrent(x, torch.zeros(5, 5), params=p, cell="indrnn")
+    with pytest.raises(ValueError, match="bias_hh is a part of the recurrent product, which indrnn has not"):
+        gk.ops.recurrent(x, torch.zeros(5, 0), bias_hh=torch.zeros(5), params=p, cell="indrnn")
+
+
+def test_masks_of_a_cell_that_reads_them_itself():
+    x, w = torch.randn(9, 4, 6), torch.randn(6, 6) / 3
+    call = lambda **more: gk.ops.recurrent(
+        x, w, cell=noisy, noise=[(0.5, 2.0, "step"), (0.25, 1.0, "sequence")], backend="reference", **more
+    )[0]
+    h, want = torch.zeros(4, 6), []
+    for u in x:
+        h = torch.tanh(u + h @ w.t()) + 0.75 * h
+        want.append(h)
+    assert torch.allclose(call(training=False), torch.stack(want), atol=1e-6)
+    y = call(seed=SEED)
+    for b in range(4):
+        keep = torch.stack([keeps(SEED, 0, 0.5, t * 4 + b, 6) for t in range(9)]) * 2.0
+        h = torch.zeros(6)
+        for t in range(9):
+            h = keep[t] * torch.tanh(x[t, b] + w @ h) + keeps(SEED, 1, 0.25, b, 6) * h
+            assert torch.allclose(y[t, b], h, atol=1e-5)
+    for noise, text in (([], "has 2 masks"), ([(0.5, 1.0, "row")] * 2, "kind of a mask is 'step' or 'sequence'")):
+        with pytest.raises(ValueError, match=text):
+            gk.ops.recurrent(x, w, cell=noisy, noise=noise)
