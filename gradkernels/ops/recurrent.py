@@ -117,6 +117,7 @@ def recurrent(
         >>> y.sum().backward()
         >>> w_hh.grad.shape
         torch.Size([20, 5])
+        >>> y, _ = gk.ops.recurrent(x, w_hh, weight_ih=w_ih, zoneout=(0.1, 0.05), reset=torch.rand(7, 2) < 0.1, recompute=3)
     """
     c = cells.CELLS.get(cell) if type(cell) is str else cell
     if not isinstance(c, cells.Cell):
