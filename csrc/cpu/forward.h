@@ -203,11 +203,12 @@ template <class Cell, class T, class P> class Forward {
       const int64_t b = p.b0 + k;
       if (again)
         for (int g = 0; g < G - Q; g++) products_of(b, v)[g] = V::load(acc + g * L);
-      if (Cell::means) return;
-      Unit u;
-      gather(p, i, b, v, u);
-      for (int g = 0; g < G; g++) u.r[g] = g < G - Q && acc ? V::load(acc + g * L) : V(0);
-      if constexpr (!Cell::means) run<First, 0>(i, b, v, u, nullptr, nullptr, nullptr);
+      if constexpr (!Cell::means) {
+        Unit u;
+        gather(p, i, b, v, u);
+        for (int g = 0; g < G; g++) u.r[g] = g < G - Q && acc ? V::load(acc + g * L) : V(0);
+        run<First, 0>(i, b, v, u, nullptr, nullptr, nullptr);
+      }
     };
     if constexpr (recurrent)
       multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]), first);

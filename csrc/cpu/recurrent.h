@@ -90,10 +90,10 @@ inline int worth(int threads, int64_t multiply_adds) {
   return int(std::clamp<int64_t>(multiply_adds / 49152, 1, threads));
 }
 
-// Multiply-adds between two meetings. Where nothing is multiplied nobody meets, and a unit costs about what 64 of them
-// do.
+// Multiply-adds between two meetings. A unit that is not multiplied costs about what 64 of them do, and where there are
+// no means either, nobody meets before the end.
 template <class Cell> int64_t work_of_a_step(const Sequence &q) {
-  return q.B * Cell::G * q.H * (Cell::recurrent ? q.R : 64 * q.T);
+  return q.B * Cell::G * q.H * (Cell::recurrent ? q.R : Cell::means ? 64 : 64 * q.T);
 }
 
 // Where each group of rows begins, so that all have about the same number of tokens.

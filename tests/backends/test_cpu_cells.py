@@ -30,7 +30,7 @@ if not cpu.why_not() and compile.why_not() and os.environ.get("GRADKERNELS_REQUI
 def groups(x, r, s, p, m, d):
     """Parameters, masks of all three kinds and a delayed value, around two products."""
     z = sigmoid(x[0] + m[1] * r[0] + p[0] * s[0])
-    n = tanh(x[1] + r[1](m[0] * z * s[0] + d[0])) + 0.3 * d[0] * m[2]
+    n = tanh(x[1] + 0.5 * r[1](m[0] * z * s[0] + d[0])) + 0.1 * d[0] * m[2]
     return s[0] + m[1] * z * (n - s[0]) + softplus(p[1]) * 0.1
 
 
