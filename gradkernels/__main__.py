@@ -1,4 +1,4 @@
-"""python -m gradkernels demo | bench | flow | doctor | backends."""
+"""python -m gradkernels demo | bench | flow | tasks | doctor | backends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gradkernels.backends import backends as table
 from gradkernels.doctor import as_dict
 from gradkernels.doctor import doctor as diagnosis
 from gradkernels.flow import command as flow
+from gradkernels.tasks import command as tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     add("bench", None, "measure kernels against torch; `bench --help` lists the options")
     text = "see how far gradients travel: train small models, write a page, serve it live"
     flow.add_arguments(add("flow", flow.run, text))
+    text = "train any cell, attention or convolution on a task that needs a long memory"
+    tasks.add_arguments(add("tasks", tasks.run, text))
     text = "what this machine can run, why not, and what to do about it"
     add("doctor", doctor, text).add_argument("--json", action="store_true", help="print one JSON object")
     text = "the backends, and why one cannot run"

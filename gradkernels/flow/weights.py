@@ -105,6 +105,6 @@ def dead(module: nn.Module, k: int) -> Tensor | None:
         weight = module._parameters.get(name)
         if weight is None or weight.grad is None or local(weight) is not weight:
             return None
-        rows = weight.grad.abs().amax(1).view(-1, module.hidden_size).amax(0) > 0
+        rows = (weight.grad != 0).any(1).view(-1, module.hidden_size).any(0)
         alive = rows if alive is None else alive | rows
     return None if alive is None else 1.0 - alive.double().mean()

@@ -1,6 +1,19 @@
-"""Batches of real long-range tasks, and the trainer that runs them."""
+"""Batches of real long-range tasks, models for them, and the trainers that run them."""
 
+from gradkernels.tasks.generators import Adding, CopyMemory, SubjectVerb, Task, adding, copy_memory, subject_verb
 from gradkernels.tasks.text import CharacterModel, Characters, characters
 from gradkernels.tasks.trainer import Trainer
 
-__all__ = ["CharacterModel", "Characters", "Trainer", "characters"]
+__all__ = [
+    "Adding",
+    "CharacterModel",
+    "Characters",
+    "CopyMemory",
+    "SubjectVerb",
+    "Task",
+    "Trainer",
+    "adding",
+    "characters",
+    "copy_memory",
+    "subject_verb",
+]
