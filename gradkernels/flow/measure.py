@@ -112,7 +112,7 @@ def details(flow: Flow, layer: Layer, squares: Array, scale: float) -> None:
     x = len(layer.states) + 1
     if squares[:, x].any():  # else nobody wanted a gradient of x
         flow.signals["x"] = log10_norm(squares[:, x], scale).astype(np.float32)
-    if layer.activations:
+    if layer.activations and squares[:, -1].any():  # else the call made another cell of this one: zoneout, masks
         with np.errstate(invalid="ignore"):
             shares = (squares[:, x + 1 : -1] / squares[:, -1:]).astype(np.float32).T.copy()
         flow.saturation = dict(zip((name for name, _ in layer.activations), shares))

@@ -129,7 +129,8 @@ class Recurrent(Sequence):
             Layer(n, name, "recurrent", cell.name, k // directions, k % directions == 1, states, found)
             for k, n in enumerate(names)
         ]
-        self.columns = [widths(cell)] * len(names)
+        norms, _, details = widths(cell)
+        self.columns = [(norms, details)] * len(names)
 
     @property
     def leaves(self) -> list[Tensor]:

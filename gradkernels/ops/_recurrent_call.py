@@ -131,7 +131,7 @@ def check_probe(probe: Tensor, cell: Cell, device: torch.device) -> Tensor | Non
     columns = widths(cell)
     if probe.dim() != 2 or probe.shape[1] not in columns or probe.dtype != torch.float64:
         raise ValueError(
-            f"probe must be float64 [steps, {columns[0]}] for {cell.name} (or [.., {columns[1]}] for details), got {probe.dtype} "
+            f"probe must be float64 [steps, {columns[0]}] for {cell.name} (or [.., {columns[-1]}] for details), got {probe.dtype} "
             f"{list(probe.shape)}"
         )
     if probe.device != device:

@@ -3,7 +3,7 @@
     columns      S       1       1                   E                    1
               |ds|^2   rows   |dx|^2   saturated values by activation   values looked at
 
-A probe has the first two groups, or all. Everything is a sum, so that micro-batches, repeated calls, ranks and recomputation
+A probe has the first two groups, the first three, or all. Everything is a sum, so that micro-batches, repeated calls, ranks and recomputation
 add up. Saturated is a value within 5 % of an end of its activation's range, or a zero of relu; it is
 counted in at most `ROWS` rows of the batch, the longest ones.
 
@@ -59,10 +59,10 @@ def activations(cell: Cell) -> tuple[tuple[str, str, str, int], ...]:
 activations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def widths(cell: Cell) -> tuple[int, int]:
-    """How many columns a probe has, without and with details."""
+def widths(cell: Cell) -> tuple[int, int, int]:
+    """How many columns a probe may have: norms; that of x, too; saturation, too, of a cell that has activations."""
     E = len(activations(cell))
-    return cell.S + 1, cell.S + 2 + (E + 1 if E else 0)
+    return cell.S + 1, cell.S + 2, cell.S + 2 + (E + 1 if E else 0)
 
 
 def squares(g: Tensor, batch_sizes: Tensor | None = None, time: int = 0) -> Tensor:
@@ -132,7 +132,7 @@ def measured(
         norms,
         (norms.new_zeros(norms.shape[0]) if dx is None else squares(dx.detach(), batch_sizes)).unsqueeze(1),
     ]
-    if activations(cell):
+    if width > cell.S + 2:
         columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))
     return torch.cat(columns, 1)
 

@@ -136,6 +136,44 @@ def test_a_cell_without_activations_of_its_own_is_watched_too():
     assert flow.saturation == {} and flow.signals.keys() == {"h", "x"} and flow.horizon == 4
 
 
+@pytest.mark.parametrize("cell", gk.cells.CELLS)
+def test_every_registered_cell_is_watched(cell):
+    layer = gk.nn.Recurrent(cell, 6, 6)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(5, 2, 6, requires_grad=True))[0].square().sum().backward()
+    flow = monitor.history[-1].layers["Recurrent.l0"]
+    assert {"h", "x"} <= flow.signals.keys() and flow.horizon == 4
+    assert all(np.isfinite(v).all() and v.shape == (5,) for v in (*flow.signals.values(), *flow.saturation.values()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"zoneout": 0.1},
+        {"recurrent_dropout": 0.2},
+        {"variational": 0.2},
+        {"weight_drop": 0.2},
+        {"heads": 2},
+        {"recompute": 3},
+    ),
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_a_layer(options):
+    """Details that no kernel has at hand then are missing, and nothing else."""
+    layer = gk.nn.Recurrent("lstm", 6, 6, **options)
+    monitor, x = gk.flow.watch(layer), torch.randn(7, 2, 6, requires_grad=True)
+    for _ in range(2):
+        layer(x)[0].square().sum().backward()
+        monitor.step()
+    for record in monitor.history:
+        signals = record.layers["Recurrent.l0"].signals
+        assert {"h", "c"} <= signals.keys() and all(v.shape == (7,) for v in signals.values())
+        # with zoneout nothing reads the last c: a zero
+        assert all(np.isfinite(v[:-1]).all() for v in signals.values()) and np.isfinite(signals["h"]).all()
+        assert all(np.isfinite(v).all() for v in record.layers["Recurrent.l0"].saturation.values())
+    assert monitor.horizon() == 6 and json.dumps(monitor.snapshot(), allow_nan=False)
+
+
 def test_parameters_by_layer():
     model = small(gk.nn.GRU(3, 4, num_layers=2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
