@@ -80,7 +80,7 @@ def recurrent(
         zoneout: probability with which a unit keeps its state from the step before (Krueger et al., 2017): of every state, or one
             number for each.
         recurrent_dropout, variational: probability with which a unit's h is dropped where :math:`W_{hh}` multiplies it, drawn every
-            step (Semeniuta et al., 2016), or once a sequence (Gal and Ghahramani, 2016).
+            step, or once a sequence (Gal and Ghahramani, 2016).
         weight_drop: probability with which an element of ``weight_hh`` is dropped, once a call (DropConnect, as in AWD-LSTM).
         noise: for a cell that reads masks m of its own: (p, high, "step" or "sequence") of each, 0 with probability p, else high.
         seed: int64 ``[1]`` beside x that the masks are made of; None draws one from torch's generator. Masks are never stored.

@@ -12,6 +12,7 @@ from gradkernels import backends
 from gradkernels.backends import _sequence, _unroll, reference
 from tests.close import assert_close_to_truth
 from tests.ops.case import GATES, SMALL, Case, cotangents, gradients
+from tests.ops.walk import Walk
 
 
 def tokens(steps):
@@ -287,3 +288,26 @@ def test_products_obey_the_setting_of_recurrent_layers(wider, matmul, rnn, preci
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert seen == [rnn == "tf32"] * 60 and get("cuda", "matmul") == before
+
+
+SEED = torch.tensor([77])
+EXTRAS = [("lstm_layer_norm", ()), ("indrnn", (("zoneout", 0.3),)), ("gru", (("variational", 0.4), ("reset", True)))]
+EXTRAS += [
+    ("lstm", (("zoneout", 0.3), ("skip", 2), ("clip_grad", 0.3))),
+    ("lstm_layer_norm", (("recurrent_dropout", 0.4),)),
+]
+
+
+@pytest.mark.parametrize("reverse", (False, True), ids=("", "reverse"))
+@pytest.mark.parametrize("layout", ("dense", "packed", "lengths"))
+@pytest.mark.parametrize(("cell", "options"), EXTRAS, ids=str)
+def test_parameters_masks_delays(cell, options, layout, reverse):
+    """Tokens and columns of every row, what dead tokens leave in sums, and cells without a product."""
+    walk = Walk(cell, options, layout, reverse)
+    random = cotangents(walk.call("reference", SEED)(*walk.tensors().values()))
+    ours, want = (gradients(walk.call(name, SEED), walk.tensors(), random) for name in ("unrolled", "reference"))
+    assert_close_to_truth(ours, want, want)
+    assert backends.last() == "reference"
+    if "skip" not in dict(options):
+        windows = gradients(walk.call("unrolled", SEED, recompute=3), walk.tensors(), random)
+        assert_close_to_truth(windows, want, want)
