@@ -90,7 +90,7 @@ class Recorder:
         self._clips = [0, 0]  # steps clipped, of how many
         self._spectra: list[list[dict[str, Any]]] = []  # by step
         self._nonfinite: Alert | None = None
-        self._silent, self._closed, self._read = 0, False, time.monotonic()
+        self._silent, self._heard, self._closed, self._read = 0, False, False, time.monotonic()
         self._weights = Weights(model)
         self._mine: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         for module in model.modules():
@@ -192,10 +192,10 @@ class Recorder:
         step = Step(self.step_count + 1, self.step_count // self.every, found, scale, level=level)
         if level == DETAILS:
             self._weights.measure(step, self._points)
-        if self._points and not found:
-            self._silent += 1
-            if self._silent == 3 and not len(self._history):
-                warnings.warn(NOTHING, FlowWarning, stacklevel=4)
+        self._heard |= bool(found) or not self._points
+        self._silent += not self._heard
+        if self._silent == 3 and not self._heard:
+            warnings.warn(NOTHING, FlowWarning, stacklevel=4)
         if found or step.parameters or self.group is not None:
             self._pending.append(step)
 

@@ -440,6 +440,12 @@ def test_backward_never_called_is_said_once():
             optimizer.step()
     assert "nothing has been measured" in str(said[0].message)
     assert len(said) == 1 and monitor.snapshot()["step"] == 10
+    monitor.close()
+    with gk.flow.watch(model), warnings.catch_warnings(record=True) as said:
+        train(model, 1, optimizer=optimizer)
+        for _ in range(10):  # somebody evaluates, or another loss is trained
+            optimizer.step()
+    assert said == []
 
 
 def test_wrong_input_is_refused_by_the_layer_as_ever():
