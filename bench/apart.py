@@ -1,4 +1,4 @@
-"""What has to be measured in processes of its own: peak memory, and two trainings at once.
+"""What has to be measured in processes of its own: peak memory, two trainings at once, and the first step of a new cell.
 
 Memory: a fresh process imports everything, trains a tiny layer once (so that libraries, thread pools and code are loaded), builds the
 layer, its input and the outputs' gradient, and notes what is resident. Then it resets the kernel's high-water mark, trains for three
@@ -7,6 +7,8 @@ allocator count, and libraries, weights and input don't. Where the high-water ma
 process, less that before the three steps.
 Two at once: two processes with all the machine's threads each wait for one another, then train for the same seconds; the slower one
 of the two counts.
+First step: a fresh process imports everything and trains a tiny layer of another cell; then it defines the cell, builds the layer and
+trains one step. Whatever is compiled on the way is kept in a folder made for the occasion: empty when the first one looks into it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ from bench.measure import Spread
 from bench.providers import build
 
 STEPS = 3
+CACHES = ("GRADKERNELS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 HANGS = 900  # seconds after which a child is given up
 MIB = 1 << 20
 
@@ -90,13 +94,23 @@ def train_here(case: Case, key: str, seconds: float) -> list[float]:
     return found
 
 
-def start(what: str, case: Case, key: str, threads: int, seconds: float = 0.0) -> subprocess.Popen[str]:
-    """A fresh Python at that."""
+def first_step_here(case: Case, key: str) -> float:
+    """Milliseconds from a cell's definition to the end of its first training step, in this process."""
+    build(Case("", "lstm", "training", 2, 2, 8, backend=case.backend), "ours").run()
+    begin = time.perf_counter()
+    build(case, key).run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def start(
+    what: str, case: Case, key: str, threads: int, seconds: float = 0.0, cache: str | None = None
+) -> subprocess.Popen[str]:
+    """A fresh Python at that. cache: a folder for what it compiles."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     task = json.dumps({"what": what, "case": case.as_dict(), "key": key, "threads": threads, "seconds": seconds})
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), task],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **(dict.fromkeys(CACHES, cache) if cache else {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -127,6 +141,16 @@ def memory(case: Case, threads: int, repeat: int = 1) -> dict[str, Spread]:
     return {key: Spread.of(samples) for key, samples in found.items()}
 
 
+def first_step(case: Case, threads: int, repeat: int = 3) -> dict[str, Spread]:
+    """Milliseconds to the end of a first training step of each provider; `ours` finds what `ours_cold` has compiled."""
+    found: dict[str, list[float]] = {key: [] for key in case.providers}
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory(prefix="gradkernels-bench-") as cache:
+            for key in sorted(found, key=lambda key: key != "ours_cold"):
+                found[key].append(finish(start("first step", case, key, threads, cache=cache)))
+    return {key: Spread.of(samples) for key, samples in found.items()}
+
+
 def processes(case: Case, threads: int, seconds: float, repeat: int = 2) -> dict[str, Spread]:
     """Milliseconds of a training step of each provider while two processes of it train at once: of the slower of the two."""
     found: dict[str, list[list[float]]] = {key: [[], []] for key in case.providers}
@@ -152,6 +176,8 @@ def main() -> None:
     case = Case.from_dict(task["case"])
     if task["what"] == "memory":
         got: Any = memory_here(case, task["key"])
+    elif task["what"] == "first step":
+        got = first_step_here(case, task["key"])
     else:
         got = train_here(case, task["key"], task["seconds"])
     print(json.dumps(got))

@@ -47,7 +47,7 @@ class Case:
     T: int
     B: int
     H: int
-    kind: str = "time"  # time | memory | processes
+    kind: str = "time"  # time | memory | processes | first step
     dtype: str = "float32"
     layers: int = 1
     bidirectional: bool = False
@@ -124,11 +124,13 @@ class Case:
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> Case:
+        from bench.cell_rows import CellRow
         from bench.layers import Layer
 
+        lists = {k: tuple(v) for k, v in d.items() if isinstance(v, (list, tuple))}
         targets = tuple(Target(**t) for t in d["targets"])
-        kind = Layer if "taps" in d else Case
-        return kind(**{**d, "targets": targets, "providers": tuple(d["providers"])})
+        kind = Layer if "taps" in d else CellRow if "zoneout" in d else Case
+        return kind(**{**d, **lists, "targets": targets})
 
 
 def asked(cell: str, mode: str, B: int, H: int) -> tuple[Target, ...]:
@@ -249,4 +251,11 @@ def layers() -> list[Case]:
     return layers()
 
 
-SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu, "layers": layers}
+def cell_rows() -> list[Case]:
+    """Every row of the family of cells for the CPU."""
+    from bench.cell_rows import cell_rows
+
+    return cell_rows()
+
+
+SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu, "layers": layers, "cells": cell_rows}

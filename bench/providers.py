@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import Case
+from bench.cell_rows import CellRow
+from bench.cell_rows import build as build_cell
 from bench.layers import Layer
 from bench.layers import build as build_layer
 
@@ -25,6 +27,9 @@ LABELS = {
     "ours_padded": "gradkernels, padded",
     "ours_unwatched": "gradkernels, no probe",
     "ours_cell": "gradkernels cell",
+    "ours_plain": "gradkernels, plain cell",
+    "ours_whole": "gradkernels, all kept",
+    "ours_cold": "gradkernels, nothing compiled yet",
     "torch": "torch",
     "torch_fp16": "torch, fp16",
     "cell": "torch cell",
@@ -93,7 +98,7 @@ class Provider:
         self.dtype = getattr(torch, case.dtype)  # the outputs' gradient is rounded to it, for the truth in fp64 too
         self.label = label(key)
         self.x = x.detach().clone().requires_grad_(self.mode == "training")
-        self.parameters = dict(module.named_parameters())
+        self.parameters = {name: p for name, p in module.named_parameters() if p.numel()}
         self.nothing = [p.detach()[:0] for p in self.parameters.values()]
         self.dy: Tensor | None = None
 
@@ -184,6 +189,8 @@ def build(case: Case, key: str, dtype: torch.dtype | None = None) -> Provider:
     """One provider of a case. dtype: another than the case's, for the truth that both are compared with."""
     if isinstance(case, Layer):
         return build_layer(case, key, dtype)
+    if isinstance(case, CellRow):
+        return build_cell(case, key, dtype)
     if key in OTHER:
         dtype = dtype or OTHER[key]
     dtype = dtype or getattr(torch, case.dtype)

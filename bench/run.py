@@ -92,6 +92,8 @@ def measure(case: cases.Case, o: argparse.Namespace, seen: dict[cases.Case, dict
         row["agreement"] = agree(case, seen)
         if case.kind == "memory":
             fill(row, apart.memory(case, o.threads))
+        elif case.kind == "first step":
+            fill(row, apart.first_step(case, o.threads, 1 if o.quick else 3))
         elif case.kind == "processes":
             fill(row, apart.processes(case, o.threads, o.budget, 1 if o.quick else 2))
         else:

@@ -13,7 +13,7 @@ from bench.providers import label
 from bench.report import number, short
 
 HEADINGS = ["ours", "q1 - q3", "peer", "ratio", "asked", "GFLOP/s", "of limit", "rounds", "met"]
-SUITES = {"recurrent": "Recurrent layers", "layers": "Attention, norms and convolution"}
+SUITES = {"recurrent": "Recurrent layers", "layers": "Attention, norms and convolution", "cells": "The family of cells"}
 ON_GPU = [{"GFLOP/s": "us a step (floor)", "of limit": "of floor"}.get(h, h) for h in HEADINGS]
 WIDTHS = [9, 17, 9, 7, 11, 17, 8, 8, 4]
 GROUPS = {
@@ -29,6 +29,12 @@ GROUPS = {
     "attention": "Causal attention, against scaled_dot_product_attention",
     "blocks": "x + dropout(attention(norm(x))), projections included, against torch's layers",
     "convolution": "Dilated causal convolution, tokens last but one, against conv1d of a padded input with channels first",
+    "LSTMs": "Variants of the LSTM, against the Python loop; then against our plain LSTM, per gate",
+    "other cells": "Other cells, against the Python loop; then against our plain GRU or RNN, per gate",
+    "inside the step": "Zoneout, recurrent dropout, skips and groups on slow clocks, against the Python loop; then against our plain cell",
+    "a cell of your own": "The README's cell, against the Python loop; then against our LSTM, per gate",
+    "first step": "From the definition of that cell to the end of its first training step, fresh processes: its kernel compiled before, and now",
+    "long sequences": "20,000 steps of one sequence, states of one step in 128 kept: peak memory and time of training, against torch; then against ours with all kept",
     "peak memory": "Peak memory of training above layer and input, fresh processes, against torch",
     **page.GROUPS,
     "two processes": "Two processes training at once on the same cores, the slower of the two, against two of torch",
