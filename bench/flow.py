@@ -1,6 +1,6 @@
 """What watching costs: `python -m bench.flow [--json FILE]` times training steps with and without a monitor, interleaved.
 
-Every step is recorded. A timed call is 64 steps, the period in which a monitor reads what it has and looks at everything once.
+Every step is recorded. A timed call is 128 steps, the period in which a monitor looks at everything once.
 
 Dims: T steps, B batch, H hidden units and inputs, L layers.
 """
@@ -22,7 +22,7 @@ import gradkernels as gk
 from bench.machine import describe
 from bench.measure import Disturbed, interleaved
 
-PERIOD = 64
+PERIOD = 128
 AT_MOST = 0.03  # of a step of 3 ms or longer
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Of so many recorded steps one measures everything; before that the first, second, third, fifth, ninth ...
-DETAILED = 64
+DETAILED = 128
 TOGETHER = 64  # recorded steps are read together
 TOGETHER_RANKS = 16  # and summed over ranks
 SKIPS = 10  # steps that a scaler may skip, one after the other, until its scale fits
