@@ -147,6 +147,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
 
     Example:
         >>> import torch, gradkernels as gk
+        >>> _ = torch.manual_seed(0)
         >>> model = gk.init.forget_bias_(gk.nn.LSTM(3, 8), 5.0)
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> with gk.flow.watch(model) as monitor:
