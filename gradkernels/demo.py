@@ -7,6 +7,8 @@ has grown to by step n is the yardstick for ours: at most FACTOR times the large
 units in the last place of the first loss for the steps at which both happen to round alike. (Where a run passes through
 an unstable stretch, two such orders of torch's own sums come to differ by 7 in how far they have strayed. A wrong
 gradient shows in the first steps, where what is allowed is some 1e-5.)
+
+Ours is watched while it trains, and in the end asked how far back the gradient of a single character gets.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import gradkernels as gk
 from gradkernels import backends
@@ -63,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=backends.NAMES, help="of the converted layers (the best there is)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, progress going to stderr")
     parser.add_argument("--plot", metavar="FILE", help="draw the loss curves and their difference (needs matplotlib)")
+    parser.add_argument(
+        "--html", metavar="FILE", default="flow.html", help="the report of the gradient flow (%(default)s)"
+    )
     parser.add_argument("--memory-of", choices=NAMES[:2], help=argparse.SUPPRESS)
 
 
@@ -134,13 +141,24 @@ def memory_in_own_process(args: argparse.Namespace, name: str) -> int:
     return json.loads(done.stdout)["peak_memory_bytes"]
 
 
-def train(args: argparse.Namespace, progress: Progress) -> dict[str, Trainer]:
-    """All three, TURN steps each in turns, so that whatever else the machine does meets them alike."""
+def reach(model: CharacterModel, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, int | None]:
+    """By layer: so many steps before the last character does its loss still have a thousandth of its gradient. (The loss of
+    training has a part at every step, and so a short way to each.)"""
+    inputs, targets = next(batches)
+    with gk.flow.watch(model) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("ignore", gk.flow.FlowWarning)  # what is asked is said in the end
+        F.cross_entropy(model(inputs)[0][-1], targets[-1]).backward()
+        return {name: monitor.horizon(name) for name in monitor.layers}
+
+
+def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Trainer], gk.flow.Monitor]:
+    """All three, TURN steps each in turns, so that whatever else the machine does meets them alike; and what ours was seen to do."""
     trainers = {}
     data = characters(args.batch, args.length, args.seed)
     for name in NAMES:
         batches = data.batches()
         trainers[name] = Trainer(build(args, name), rows_reversed(batches) if name == NAMES[2] else batches)
+    monitor = gk.flow.watch(trainers["gradkernels"].model, every=TURN)
     with progress:
         done, begin = 0, time.monotonic()
         while done < progress.total:
@@ -153,12 +171,15 @@ def train(args: argparse.Namespace, progress: Progress) -> dict[str, Trainer]:
             if args.steps is None:
                 fit = int(SECONDS / (time.monotonic() - begin) * done) // TURN * TURN
                 progress.total = min(MOST_STEPS, max(2 * TURN, done, fit))
-    return trainers
+    return trainers, monitor
 
 
 def measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Train, compare, and gather everything that is reported."""
-    trainers = train(args, progress)
+    trainers, monitor = train(args, progress)
+    with monitor:
+        if args.html:
+            gk.flow.report(monitor, args.html)
     steps = progress.total
     ran = model_backend(trainers["gradkernels"].model)
     base, ours, control = (trainers[name].losses for name in NAMES)
@@ -185,6 +206,8 @@ def measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "results": results,
         "ratio": results["torch"]["median_step_seconds"] / results["gradkernels"]["median_step_seconds"],
         "agreement": compare(base, ours, control) | {"control_losses": control},
+        "horizon": reach(trainers["gradkernels"].model, validation.batches("validation")),
+        "html": args.html or None,
         "sample": trainers["gradkernels"].model.eval().sample("def ", 400, seed=args.seed),
     }
 
@@ -220,6 +243,12 @@ def report(found: dict[str, Any]) -> str:
         verdict = "The loss curves agree at every step."
     else:
         verdict = f"THE LOSS CURVES DIVERGE, first at step {agreement['first_beyond_bound']}."
+    distances = " and ".join(f"{horizon} ({layer})" for layer, horizon in found["horizon"].items())
+    page = (
+        f"\nThe gradient flow of the whole training, to be opened in a browser: {found['html']}"
+        if found["html"]
+        else ""
+    )
     return f"""
 {table}
 
@@ -227,6 +256,8 @@ def report(found: dict[str, Any]) -> str:
 allowed there: {agreement["bound_there"]:.1e}, from what reversing the rows of each batch does to torch's own losses.
 Speed: medians over turns of {TURN} steps, the first turn left out.
 Memory: how far {MEMORY_STEPS} training steps raise the peak of a process of their own.
+
+A thousandth of the gradient of one character's loss gets back {distances} of {s["length"] - 1} steps.{page}
 
 What the converted model writes after {s["steps"]} steps:
 
