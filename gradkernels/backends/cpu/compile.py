@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradkernels.backends.cuda import cache
+from gradkernels.backends import _cache as cache
 from gradkernels.cells import Cell
 from gradkernels.cells.codegen import struct, type_name
 

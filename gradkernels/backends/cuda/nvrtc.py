@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import cache
+from gradkernels.backends import _cache as cache
 
 OPTIONS = (
     "--std=c++17",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gradkernels.backends.cuda import cache, nvrtc
+from gradkernels.backends import _cache as cache
+from gradkernels.backends.cuda import nvrtc
 from gradkernels.cells import get
 from gradkernels.cells.codegen import COMPILED, device_struct, type_name
 
