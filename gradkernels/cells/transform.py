@@ -58,8 +58,8 @@ def masked(cell: Cell) -> Cell:
     """The recurrent product is taken of a masked state: r = W (m * h) + b.
 
     States are m[M] * h, then those of the cell: the second one is its output, the first what the matrix multiplies. A mask for
-    the whole sequence is variational dropout (Gal & Ghahramani, 2016), one a step is the recurrent dropout of Moon et al.
-    (2015). Whoever calls gives the first state masked.
+    the whole sequence is variational dropout (Gal & Ghahramani, 2016), one a step drops other connections at every step. Whoever
+    calls gives the first state masked.
 
     Raises:
         ValueError: the cell has a delayed value, which is of the first state, unmasked.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gradkernels.cells import Cell
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CLIPS = False  # whether backward clamps the adjoint of h_t
+CLIPS = True  # whether backward clamps the adjoint of h_t
 OLDEST = (8, 0)  # compute capability of a GPU of NVIDIA's that Triton supports
 
 
