@@ -19,6 +19,17 @@ TITLES = {
     "rnn_tanh": "RNN",
     "gru_reset_before": "original GRU",
     "rnn_sigmoid": "sigmoid RNN",
+    "lstm_layer_norm": "LayerNorm LSTM",
+    "lstm_peephole": "peephole LSTM",
+    "lstm_no_forget": "LSTM of 1997",
+    "lstm_coupled": "coupled LSTM",
+    "slstm": "sLSTM",
+    "gru_layer_norm": "LayerNorm GRU",
+    "mgu": "minimal gated unit",
+    "indrnn": "IndRNN",
+    "rnn_modrelu": "modReLU RNN",
+    "rnn_additive": "additive RNN",
+    "leaky": "README's cell",
 }
 
 

@@ -293,10 +293,52 @@ def layers(report: dict[str, Any]) -> Figure | None:
     return compose(lines, "Attention, norms and convolution on the CPU", f"{note}\n{where(report)}", apart=(0, 1, 2))
 
 
+def with_options(row: Row) -> str:
+    """Cell, what a row of bench/cell_rows.py has besides, and the shape."""
+    more = [
+        f"zoneout {row['zoneout']:g}" * bool(row["zoneout"]),
+        f"variational {row['variational']:g}" * bool(row["variational"]),
+        f"skip {row['skip']}" * bool(row["skip"]),
+        f"{len(row['periods'])} time scales" * bool(row["periods"]),
+    ]
+    return ", ".join([f"{TITLES[row['cell']]}  {shape(row)}", *filter(None, more)])
+
+
+def cells(report: dict[str, Any]) -> Figure | None:
+    """The family of cells: against the loop, against the plain cell; long sequences, and the first step."""
+    rows = drawable(report)
+    family = [r for group in ("LSTMs", "other cells", "inside the step", "a cell of your own") for r in of(rows, group)]
+    long = of(rows, "long sequences")
+    time, memory = [r for r in long if r["kind"] == "time"], [r for r in long if r["kind"] == "memory"]
+    first = of(rows, "first step")
+    found: list[Bar] = []
+    for kind, members in (("time", time), ("memory", memory)):
+        found += bars(members, lambda r, kind=kind: f"{TITLES[r['cell']]}, {kind} / torch")
+        found += bars(members, lambda r, kind=kind: f"{TITLES[r['cell']]}, {kind} / all kept", "ours_whole")
+    lines = [
+        [
+            Panel("Against the Python loop", bars(family, with_options, "loop")),
+            Panel("Against our plain LSTM, GRU or RNN, per gate", bars(family, with_options, "ours_plain")),
+        ],
+        [
+            Panel("20,000 steps, one state in 128 kept", found),
+            Panel(
+                "First step of a new cell, compiled before",
+                bars(first, lambda r: "against compiling it", "ours_cold")
+                + bars(first, lambda r: "against the Python loop", "loop"),
+            ),
+        ],
+    ]
+    note = "Times as fast, taken side by side; of memory, the other's peak over ours. Labels have T, B, H: steps, batch, units."
+    return compose(lines, "The family of cells on the CPU", f"{note}\n{where(report)}", apart=(0, 1))
+
+
 def figures(report: dict[str, Any]) -> list[Figure | None]:
     """The pictures of a report; None where it has nothing for one."""
     if report["suite"] == "layers":
         return [layers(report)]
+    if report["suite"] == "cells":
+        return [cells(report)]
     if report["machine"]["device"] != "cpu":
         from bench.gpu import panels
 
