@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 import gradkernels as gk
 from gradkernels import backends
+from gradkernels.arguments import positive
 from gradkernels.progress import Progress
 from gradkernels.tasks import CharacterModel, Trainer, characters
 from gradkernels.tasks.trainer import evaluate
@@ -45,13 +46,6 @@ MOST_STEPS, SECONDS = 200, 60  # unless --steps says otherwise: as many as fit t
 NAMES = ("torch", "gradkernels", "torch, rows reversed")
 MEMORY_STEPS = 3
 VALIDATION_BATCHES = 4
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

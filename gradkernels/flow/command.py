@@ -21,18 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradkernels as gk
+from gradkernels.arguments import INITS, positive
 from gradkernels.cells import CELLS
 from gradkernels.progress import Progress
 
 LENGTHS = (10, 50, 100, 200)  # that the untrained layers are compared over
 SYMBOLS = 8  # to remember one of; as many others follow it
-INITS: dict[str, Callable[[nn.Module, int], object]] = {
-    "default": lambda module, length: None,
-    "orthogonal": lambda module, length: gk.init.orthogonal_(module),
-    "identity": lambda module, length: gk.init.identity_(module),
-    "forget": lambda module, length: gk.init.forget_bias_(module, 3.0),
-    "chrono": lambda module, length: gk.init.chrono_(module, max(2, length)),
-}
 DEFAULT = (("rnn_tanh", "default"), ("lstm", "default"), ("lstm", "chrono"))
 
 
@@ -74,13 +68,6 @@ def spec(text: str) -> tuple[str, str]:
     if init not in INITS:
         raise argparse.ArgumentTypeError(f"no initialisation {init!r}; there are {', '.join(INITS)}")
     return cell, init
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,12 @@ import sys
 import torch
 
 import gradkernels as gk
+from gradkernels.arguments import INITS, positive
 from gradkernels.progress import Progress
 from gradkernels.tasks import generators
 from gradkernels.tasks.generators import Task
 from gradkernels.tasks.model import BODIES
-from gradkernels.tasks.run import INITS, make, processes, train
+from gradkernels.tasks.run import make, processes, train
 
 TASKS = {
     "copy": lambda a: generators.copy_memory(a.batch, a.delay, a.items, a.seed),
@@ -28,15 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=bodies, default="lstm", metavar="NAME", help=f"{', '.join(bodies)} (lstm)")
     parser.add_argument(
         "--delay",
-        type=int,
+        type=positive,
         default=100,
         help="steps between reading and answering; nouns between, of agreement (%(default)s)",
     )
-    parser.add_argument("--items", type=int, default=10, help="symbols to copy (%(default)s)")
+    parser.add_argument("--items", type=positive, default=10, help="symbols to copy (%(default)s)")
     parser.add_argument("--init", choices=INITS, default="default", help="initial weights (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=64, help="units (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences in a batch, of each process (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (%(default)s)")
+    parser.add_argument("--hidden", type=positive, default=64, help="units (%(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=32, help="sequences in a batch, of each process (%(default)s)"
+    )
+    parser.add_argument("--steps", type=positive, default=1000, help="training steps (%(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of Adam (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences (%(default)s)")
     parser.add_argument("--live", action="store_true", help="serve the page of the gradient flow while it trains")
@@ -50,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         task: Task = TASKS[args.task](args)
         torch.manual_seed(args.seed)
         model = make(task, args.cell, args.hidden, args.init)
-        if args.steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {args.steps}")
     except ValueError as error:
         print(f"tasks {args.task}: {error}", file=sys.stderr)
         return 2

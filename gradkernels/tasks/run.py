@@ -13,17 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import gradkernels as gk
+from gradkernels.arguments import INITS
 from gradkernels.tasks.generators import Task
 from gradkernels.tasks.model import BODIES, SequenceModel
-
-INITS: dict[str, Callable[[nn.Module, int], object]] = {
-    "default": lambda module, steps: None,
-    "orthogonal": lambda module, steps: gk.init.orthogonal_(module),
-    "identity": lambda module, steps: gk.init.identity_(module),
-    "forget": lambda module, steps: gk.init.forget_bias_(module, 3.0),
-    "chrono": lambda module, steps: gk.init.chrono_(module, max(2, steps)),
-}
 
 
 @dataclass(frozen=True)
