@@ -4,10 +4,12 @@
 #   VENV    the virtual environment, made when absent
 #   TORCH   what to install where torch is not importable yet. PyPI's Linux wheel brings CUDA along; a smaller one:
 #           make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   SUITE   what `make bench` measures: recurrent, layers, cells or recurrent-gpu
 #   ARGS    more arguments: make test ARGS="tests/ops -k gru", make demo ARGS="--cell gru --hidden 512"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+SUITE ?= recurrent
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -24,7 +26,7 @@ EXTRAS := demo test bench dev
 help:
 	@echo "make demo    train a character model with torch and with gradkernels, side by side"
 	@echo "make test    run the tests"
-	@echo "make bench   measure the recurrent kernels"
+	@echo "make bench   measure the recurrent kernels (SUITE=layers, SUITE=cells: others)"
 	@echo "make lint    ruff, clang-format and mypy (make format rewrites)"
 	@echo "make build   compile the kernels in place, as far as their sources changed"
 	@echo "make clean   remove what was built (make distclean: the environment too)"
@@ -36,7 +38,7 @@ test: build $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
 
 bench: build $(STAMPS)/bench
-	@$(PY) -m gradkernels bench recurrent $(ARGS)
+	@$(PY) -m gradkernels bench $(SUITE) $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
