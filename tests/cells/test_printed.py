@@ -51,7 +51,7 @@ def operations(function):
 
 
 def test_kept_planes_of_the_registry():
-    assert {name: c.A for name, c in CELLS.items()} == KEPT
+    assert {name: CELLS[name].A for name in KEPT} == KEPT
 
 
 def test_operations_of_backward():
@@ -240,9 +240,10 @@ def test_the_zoo_speaks_the_whole_language():
 
 
 def test_registry():
-    assert list(CELLS) == list(KEPT)
+    """Whoever adds a cell adds nothing here."""
+    assert list(CELLS)[: len(KEPT)] == list(KEPT)
     assert all(isinstance(c, Cell) and c.name == name and c.M == c.D == 0 for name, c in CELLS.items())
-    some = lambda value: {name: v for name, c in CELLS.items() if (v := value(c))}
+    some = lambda value: {name: v for name in KEPT if (v := value(CELLS[name]))}
     assert some(lambda c: c.P) == {
         "lstm_peephole": 3,
         "lstm_layer_norm": 14,
