@@ -32,7 +32,7 @@ struct NormForwardArgs : NormArgs {
 };
 
 struct NormBackwardArgs : NormArgs {
-  const void *dy, *dsum;   // [M, N]; dsum null where nobody used the sum
+  const void *dy, *dsum;   // [M, N]; null where nobody used the norm, or the sum
   const void *sum;         // [M, N]
   const void *mean, *rstd; // [M]
   void *dx, *dresidual;    // [M, N]; null where not wanted; without dropout one of them is enough for both
@@ -124,6 +124,7 @@ public:
     });
   }
 
+  // Without dy what is left is ds = dsum, and weights that nobody used: s is not read.
   // With n = (s - mean) rstd and g = dy weight: ds = rstd (g - [mean of g] - n mean of g n) + dsum, the middle term
   // only where forward took the mean away; dresidual = ds, dx = ds as dropout has it; dweight = sum of dy n, dbias =
   // sum of dy.
@@ -142,13 +143,14 @@ public:
       F *const dweight = dweights ? dweights + run * room(N) : nullptr;
       F *const dbias = dbiases ? dbiases + run * room(N) : nullptr;
       for (int64_t m = first; m < last; m++) {
-        const T *dy = static_cast<const T *>(q.dy) + m * N, *s = static_cast<const T *>(q.sum) + m * N;
+        const T *dy = q.dy ? static_cast<const T *>(q.dy) + m * N : nullptr;
+        const T *s = static_cast<const T *>(q.sum) + m * N;
         const T *dsum = q.dsum ? static_cast<const T *>(q.dsum) + m * N : nullptr;
         T *dx = q.dx ? static_cast<T *>(q.dx) + m * N : nullptr;
         T *dresidual = q.dresidual ? static_cast<T *>(q.dresidual) + m * N : nullptr;
         const V rstd(static_cast<const F *>(q.rstd)[m]), mean(q.rms ? F(0) : static_cast<const F *>(q.mean)[m]);
         V by_g[4] = {V(0), V(0), V(0), V(0)}, by_unit[4] = {V(0), V(0), V(0), V(0)};
-        over(N, [&](int64_t c, int64_t n, int k) GK_INLINE {
+        const auto look = [&](int64_t c, int64_t n, int k) GK_INLINE {
           const V d = load(dy + c, n), u = within((load(s + c, n) - mean) * rstd, n);
           if (dweight) (V::load(dweight + c) + d * u).store(dweight + c);
           if (dbias) (V::load(dbias + c) + d).store(dbias + c);
@@ -156,11 +158,12 @@ public:
           by_g[k] += w;
           by_unit[k] += w * u;
           u.store(unit + c), w.store(g + c);
-        });
+        };
+        if (dy) over(N, look);
         const V level(q.rms ? F(0) : total(by_g) / F(N)), tilt(total(by_unit) / F(N));
         if (dropout.on && dx) dropout.factors(m, 0, N, keep);
         over(N, [&](int64_t c, int64_t n, int) GK_INLINE {
-          V d = (V::load(g + c) - level - V::load(unit + c) * tilt) * rstd;
+          V d = dy ? (V::load(g + c) - level - V::load(unit + c) * tilt) * rstd : V(0);
           if (dsum) d = d + load(dsum + c, n);
           if (dresidual) store(dresidual + c, d, n);
           if (dx) store(dx + c, dropout.on ? d * V::load(keep + c) : d, n);

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradkernels.nn.norm import ResidualBlock
 from gradkernels.nn.remake import remade, rounded
 from gradkernels.ops import attention
-from gradkernels.ops.attention import WIDEST
+from gradkernels.ops._attention_checks import WIDEST
 
 
 class Seen(NamedTuple):

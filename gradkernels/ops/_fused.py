@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradkernels import backends
+from gradkernels.ops._fused_checks import check_dense, check_made, check_need
 from gradkernels.ops._fused_functions import apply, cut, differentiable, functions, nothing
 from gradkernels.ops._recurrent_op import direct
 
@@ -47,13 +48,17 @@ class Fused:
     name: of the operators, `<name>_forward` and `<name>_backward`, and of the module in each backend that has
         `why_not(dtype, device, *tensors, **options)`, `forward(*tensors, **options) -> (*results, *kept)` and
         `backward(grads, tensors, outputs, need, **options) -> [gradient of each tensor, None where not needed]`.
-    tensors: names of the inputs that are tensors or None; options: the type of every other one, in the operator's schema.
+    tensors: names of the inputs that are tensors, with a question mark where they may be None; options: the type of every other
+        one, in the operator's schema.
     results: names of what a caller gets; kept: of what backward needs besides, which has no derivative.
+    check: `check(*tensors, **options)` raises where shapes, dtypes or devices of the inputs do not fit together.
+    made: `made(*tensors, **options)`, shape and dtype of each of (*results, *kept).
     definition: `definition(*tensors, **options) -> results` in differentiable torch operations.
-    fake: `fake(*tensors, **options) -> (*results, *kept)`, empty.
+    fake: `fake(*tensors, **options) -> (*results, *kept)`, empty; where not given, as `made` says, contiguous.
     shared: `shared(tensors, options) -> {k: j}`: the gradient of tensor k is that of tensor j.
     saved: `saved(tensors, outputs) -> (*tensors, *outputs)`, as they are kept for backward: what it does not read is left out, and
         what a result stands for is not kept beside it.
+    unread: names of the results that backward does not read.
     like: the layout in which backward gives the gradient of a tensor.
     fold: `fold(N, dims, tensors, options) -> (tensors, unfold)` makes one call of a vmapped one; None where it cannot.
     """
@@ -65,20 +70,28 @@ class Fused:
         options: Mapping[str, str],
         results: Sequence[str],
         kept: Sequence[str],
+        check: Callable[..., None],
+        made: Callable[..., tuple[tuple[Sequence[int], torch.dtype], ...]],
         definition: Callable[..., tuple[Tensor, ...]],
-        fake: Callable[..., tuple[Tensor, ...]],
+        fake: Callable[..., tuple[Tensor, ...]] | None = None,
         shared: Callable[..., dict[int, int]] = lambda tensors, options: {},
         fold: Callable[..., Any] | None = None,
         saved: Callable[..., tuple[Tensor | None, ...]] = lambda tensors, outputs: (*tensors, *outputs),
         like: Callable[[Tensor], Tensor] = lambda v: v.new_empty(v.shape),
+        unread: Sequence[str] = (),
     ):
-        self.name, self.tensors, self.options = name, tuple(tensors), tuple(options)
+        self.name, self.options = name, tuple(options)
+        self.tensors = tuple(t.rstrip("?") for t in tensors)
+        self.required = tuple(not t.endswith("?") for t in tensors)
         self.results, self.outputs = len(results), len(results) + len(kept)
-        self.definition, self.fake, self.shared, self.fold = definition, fake, shared, fold
-        self.saved, self.like = saved, like
-        given = ", ".join(f"Tensor? {t}" for t in tensors)
+        self.check, self.made, self.definition, self.fake = check, made, definition, fake or self._empty
+        self.shared, self.fold, self.saved, self.like = shared, fold, saved, like
+        # grads and outputs by their names in the operator's schema; None where they are not read
+        self.grad_names = tuple(f"d_{r}" for r in results)
+        self.output_names = tuple(None if o in unread else f"{o}_" for o in (*results, *kept))
+        given = ", ".join(f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors)
         how = ", ".join(f"{kind} {option}" for option, kind in options.items())
-        grads = ", ".join(f"Tensor? d_{r}" for r in results)
+        grads = ", ".join(f"Tensor? {g}" for g in self.grad_names)
         after = ", ".join(f"Tensor {o}_" for o in (*results, *kept))
         many = lambda n: f"({', '.join(['Tensor'] * n)})" if n > 1 else "Tensor"
         tags = (torch.Tag.pt2_compliant_tag,)
@@ -111,7 +124,7 @@ class Fused:
     def run(self, tensors, how, backend):
         """The kernel, past the operator where nobody would notice."""
         if direct(tensors):
-            return self._forward_op(*tensors, *how, backend)
+            return self._forward_kernel(tensors, dict(zip(self.options, how)), backend)
         with torch._C._AutoDispatchBelowAutograd():
             return as_tuple(self.forward_op(*tensors, *how, backend))
 
@@ -131,10 +144,29 @@ class Fused:
 
     def _forward_op(self, *args):
         n = len(self.tensors)
-        tensors, options, backend = args[:n], dict(zip(self.options, args[n:-1])), args[-1]
+        tensors, options = args[:n], dict(zip(self.options, args[n:-1]))
+        self._check_inputs(tensors, options)
+        return self._forward_kernel(tensors, options, args[-1])
+
+    def _forward_kernel(self, tensors, options, backend):
+        """Runs a backend; the inputs have been checked."""
         module = self._module(backend, tensors, options)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return module.forward(*tensors, **options)
+
+    def _check_inputs(self, tensors, options):
+        check_dense(self.tensors, tensors, self.required)
+        self.check(*tensors, **options)
+
+    def _check_backward(self, grads, tensors, outputs, need, options):
+        self._check_inputs(tensors, options)
+        check_need(self.tensors, tensors, need)
+        if all(g is None for g in grads):
+            names = " or ".join(self.grad_names)
+            raise RuntimeError(f"{self.name}_backward needs a gradient: {names} must not be None")
+        made = self.made(*tensors, **options)
+        check_made(self.grad_names, grads, made, self.tensors[0], tensors[0])
+        check_made(self.output_names, outputs, made, self.tensors[0], tensors[0])
 
     def _split(self, args):
         """Arguments of the backward operator: grads, tensors, outputs, need, options, backend."""
@@ -143,10 +175,14 @@ class Fused:
 
     def _backward_op(self, *args):
         grads, tensors, outputs, need, options, backend = self._split(args)
+        self._check_backward(grads, tensors, outputs, need, options)
         module = self._module(backend, tensors, options)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             got = module.backward(grads, tensors, outputs, need, **options)
         return tuple(nothing(tensors[0]) if g is None else g for g in got)
+
+    def _empty(self, *tensors, **options):
+        return tuple(tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in self.made(*tensors, **options))
 
     def _forward_fake(self, *args):
         n = len(self.tensors)

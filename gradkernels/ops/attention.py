@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends.reference.attention import definition
+from gradkernels.ops._attention_checks import check, check_call
 from gradkernels.ops._fused import Fused, draw_seed
 
-WIDEST = 256
 
-
-def _fake(q, k, v, bias, slopes, cu_q, cu_k, key_mask, seed, causal, left, right, p, scale):
-    B, Hq, Tq, _ = q.shape
+def _made(q, k, v, *others, **options):
     computed = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, Tq, Hq, v.shape[3]).transpose(1, 2), q.new_empty(B, Hq, Tq, dtype=computed)
+    return ((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], computed)
+
+
+def _fake(*tensors, **options):
+    """Heads of a query lie side by side."""
+    ((B, Hq, Tq, E), dtype), (rows, computed) = _made(*tensors, **options)
+    q = tensors[0]
+    return q.new_empty(B, Tq, Hq, E, dtype=dtype).transpose(1, 2), q.new_empty(rows, dtype=computed)
 
 
 def _fold(N, dims, tensors, options):
@@ -39,10 +44,12 @@ def _fold(N, dims, tensors, options):
 
 fused = Fused(
     "attention",
-    ("q", "k", "v", "bias", "slopes", "cu_q", "cu_k", "key_mask", "seed"),
+    ("q", "k", "v", "bias?", "slopes?", "cu_q?", "cu_k?", "key_mask?", "seed?"),
     {"causal": "bool", "left": "int", "right": "int", "p": "float", "scale": "float"},
     ("out", "lse"),
     (),
+    check,
+    _made,
     definition,
     _fake,
     fold=_fold,
@@ -116,7 +123,7 @@ def attention(
     if torch._C._is_any_autocast_enabled() and isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
-    _check(q, k, v, bias, alibi_slopes, dropout_p, cu_seqlens, key_mask)
+    check_call(q, k, v, bias, alibi_slopes, dropout_p, cu_seqlens, key_mask)
     left, right = _window(window)
     cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, Sequence) else (cu_seqlens, cu_seqlens)
     if cu_q is not None:
@@ -152,71 +159,3 @@ def _mask(bias, key_mask, B, Tk):
     if key_mask is None and bias.shape[1:3] == (1, 1):
         return None, bias[:, 0, 0].expand(B, Tk)
     return torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf), key_mask
-
-
-def _check(q, k, v, bias, slopes, dropout_p, cu_seqlens, key_mask):
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {t.dtype}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    varlen = cu_seqlens is not None
-    dims = 3 if varlen else 4
-    if not q.dim() == k.dim() == v.dim() == dims:
-        raise RuntimeError(f"q, k and v must have {dims} dimensions{' with cu_seqlens' * varlen}, got {shapes}")
-    heads, tokens = (1, 0) if varlen else (1, 2)
-    if q.shape[-1] != k.shape[-1]:
-        raise RuntimeError(f"q and k must have the same last dimension, got {shapes}")
-    if k.shape[:-1] != v.shape[:-1] or (not varlen and q.shape[0] != k.shape[0]):
-        raise RuntimeError(f"q, k and v must agree in batch, and k and v in heads and tokens, got {shapes}")
-    if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
-        raise RuntimeError(f"the heads of q must be a multiple of those of k and v, got {shapes}")
-    if not 1 <= q.shape[-1] <= WIDEST or not 1 <= v.shape[-1] <= WIDEST:
-        raise RuntimeError(f"the last dimensions must be between 1 and {WIDEST}, got {shapes}")
-    others = [("k", k), ("v", v), ("bias", bias), ("alibi_slopes", slopes), ("key_mask", key_mask)]
-    if varlen:
-        if bias is not None or key_mask is not None:
-            raise ValueError("cu_seqlens cannot be combined with bias or key_mask: give causal, window or alibi_slopes")
-        cu = cu_seqlens if isinstance(cu_seqlens, Sequence) else (cu_seqlens, cu_seqlens)
-        if len(cu) != 2 or not all(isinstance(c, Tensor) and c.dim() == 1 for c in cu) or cu[0].shape != cu[1].shape:
-            raise RuntimeError("cu_seqlens must be an int32 tensor [n + 1], or two of the same length")
-        for c, t, name in zip(cu, (q, k), "qk"):
-            if c.dtype != torch.int32:
-                raise TypeError(f"cu_seqlens must be int32, got {c.dtype}")
-            read = c.device.type == "cpu" and not torch.compiler.is_compiling()  # one on a GPU is not read
-            if read and (c.shape[0] == 0 or c[0] != 0 or c[-1] != t.shape[tokens] or (c.diff() < 0).any()):
-                raise RuntimeError(
-                    f"cu_seqlens must grow from 0 to the {t.shape[tokens]} tokens of {name}, got {c.tolist()}"
-                )
-        others += [("cu_seqlens", cu[0]), ("cu_seqlens", cu[1])]
-    for name, t in others:
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(t).__name__}")
-        if t.device != q.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but q is on {q.device} and {name} is on {t.device}"
-            )
-    if not q.dtype == k.dtype == v.dtype:
-        raise RuntimeError(f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if varlen:
-        batch = cu[0].shape[0] - 1
-    else:
-        batch = q.shape[0]
-        full = (batch, q.shape[1], q.shape[2], k.shape[2])
-        if bias is not None:
-            if bias.dtype != torch.bool and not bias.is_floating_point():
-                raise TypeError(f"bias must be floating point or bool, got {bias.dtype}")
-            if bias.dim() > 4 or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(full))):
-                raise RuntimeError(f"bias must be broadcastable to {list(full)}, got {list(bias.shape)}")
-        if key_mask is not None:
-            if key_mask.dtype != torch.bool:
-                raise TypeError(f"key_mask must be bool, True where a key can be seen, got {key_mask.dtype}")
-            if key_mask.shape != (batch, k.shape[2]):
-                raise RuntimeError(f"key_mask must be {[batch, k.shape[2]]}, got {list(key_mask.shape)}")
-    if slopes is not None and (tuple(slopes.shape) not in ((q.shape[1],), (batch, q.shape[1]), (1, q.shape[1]))):
-        raise RuntimeError(f"alibi_slopes must be {[q.shape[1]]} or {[batch, q.shape[1]]}, got {list(slopes.shape)}")

@@ -7,11 +7,33 @@ from torch import Tensor
 
 from gradkernels.backends.reference.causal_conv1d import definition
 from gradkernels.ops._fused import Fused
+from gradkernels.ops._fused_checks import check_device
 from gradkernels.ops._fused_functions import nothing
 
 
-def _fake(x, weight, bias, dilation):
-    return (x.new_empty(*x.shape[:2], weight.shape[0]),)
+def _check(x, weight, bias, dilation):
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() != 3:
+        raise RuntimeError(f"x must be [B, T, C], got {list(x.shape)}")
+    if weight.dim() != 3 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
+        raise RuntimeError(f"weight must be [O, {x.shape[2]}, K] beside x {list(x.shape)}, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"bias must be [{weight.shape[0]}] beside weight {list(weight.shape)}, got {list(bias.shape)}"
+        )
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v is None:
+            continue
+        check_device(name, v, "x", x)
+        if v.dtype is not x.dtype:
+            raise RuntimeError(f"{name} must have x's dtype {x.dtype}, got {v.dtype}")
+
+
+def _made(x, weight, bias, dilation):
+    return (((*x.shape[:2], weight.shape[0]), x.dtype),)
 
 
 def _fold(N, dims, tensors, options):
@@ -29,14 +51,16 @@ def _saved(tensors, outputs):
 
 fused = Fused(
     "causal_conv1d",
-    ("x", "weight", "bias"),
+    ("x", "weight", "bias?"),
     {"dilation": "int"},
     ("y",),
     (),
+    _check,
+    _made,
     definition,
-    _fake,
     fold=_fold,
     saved=_saved,
+    unread=("y",),
 )
 
 
@@ -81,30 +105,8 @@ def causal_conv1d(
     for name, v in (("x", x), ("weight", weight), ("bias", bias)):
         if not isinstance(v, Tensor) and (v is not None or name != "bias"):
             raise TypeError(f"{name} must be a tensor{' or None' * (name == 'bias')}, got {type(v).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (v if v is None or v.dtype == torch.float64 else v.to(low) for v in (x, weight, bias))
     _check(x, weight, bias, dilation)
     return fused((x, weight, bias), {"dilation": dilation}, backend)[0]
-
-
-def _check(x, weight, bias, dilation):
-    if x.dim() != 3:
-        raise RuntimeError(f"x must be [B, T, C], got {list(x.shape)}")
-    if weight.dim() != 3 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
-        raise RuntimeError(f"weight must be [O, {x.shape[2]}, K] beside x {list(x.shape)}, got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"bias must be [{weight.shape[0]}] beside weight {list(weight.shape)}, got {list(bias.shape)}"
-        )
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
-    for name, v in (("weight", weight), ("bias", bias)):
-        if v is not None and v.device != x.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but x is on {x.device} and {name} is on {v.device}"
-            )
-        if v is not None and v.dtype != x.dtype:
-            raise RuntimeError(f"{name} must have x's dtype {x.dtype}, got {v.dtype}")

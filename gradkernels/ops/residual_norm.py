@@ -9,16 +9,40 @@ from torch import Tensor
 
 from gradkernels.backends.reference.residual_norm import definition, summed
 from gradkernels.ops._fused import Fused, draw_seed
+from gradkernels.ops._fused_checks import check_device, check_dropout, wrong_shape
 from gradkernels.ops._fused_functions import nothing
 
 KINDS = ("layer", "rms")
 
 
-def _fake(x, residual, weight, bias, seed, p, eps, rms):
+def _check(x, residual, weight, bias, seed, p, eps, rms):
+    """The arguments of the operator; `_check_types` comes before it in the public function."""
+    dtype, shape = x.dtype, x.shape
+    if not dtype.is_floating_point:
+        raise TypeError(f"x must be floating point, got {dtype}")
+    if not shape:
+        raise RuntimeError("x must have at least one dimension, got a scalar")
+    check_dropout(p, seed, "x", x)
+    for name, v, want in (("residual", residual, shape), ("weight", weight, shape[-1:]), ("bias", bias, shape[-1:])):
+        if v is None:
+            continue
+        if v.shape != want:
+            wrong_shape(name, v, want, "x", x)
+        check_device(name, v, "x", x)
+        if v.dtype is not dtype and not (name != "residual" and _beside(v, x)):
+            raise RuntimeError(f"{name} must have x's dtype {dtype}, got {v.dtype}")
+
+
+def _beside(weight: Tensor, x: Tensor) -> bool:
+    """A weight of another dtype than x that is as good: 16-bit values are multiplied in float32."""
+    return weight.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _made(x, residual, weight, bias, seed, p, eps, rms):
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix dynamic sizes
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = [x.new_empty(rows, dtype=computed) for _ in range(2)]
-    return x.new_empty(x.shape), x.new_empty(x.shape if summed(residual, seed) else 0), *statistics
+    s = x.shape if summed(residual, seed) else (0,)
+    return (x.shape, x.dtype), (s, x.dtype), ((rows,), computed), ((rows,), computed)
 
 
 def _fold(N, dims, tensors, options):
@@ -49,15 +73,17 @@ def _saved(tensors, outputs):
 
 fused = Fused(
     "residual_norm",
-    ("x", "residual", "weight", "bias", "seed"),
+    ("x", "residual?", "weight?", "bias?", "seed?"),
     {"p": "float", "eps": "float", "rms": "bool"},
     ("y", "sum"),
     ("mean", "rstd"),
+    _check,
+    _made,
     definition,
-    _fake,
     shared=lambda tensors, options: {0: 1} if tensors[1] is not None and options["p"] == 0 else {},
     fold=_fold,
     saved=_saved,
+    unread=("y",),
 )
 
 
@@ -109,52 +135,35 @@ def residual_norm(
         >>> torch.allclose(y, torch.nn.functional.layer_norm(x + residual, (8,)), atol=1e-6)
         True
     """
-    _check(x, residual, weight, bias, dropout_p, kind)
+    _check_types(x, residual, weight, bias, dropout_p, kind)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        x, residual = _autocast(x, residual)
+        x, residual, weight, bias = _autocast(x, residual, weight, bias)
     rms = kind == "rms"
+    _check(x, residual, weight, bias, None, dropout_p, eps, rms)
     seed = draw_seed(x) if dropout_p > 0 else None
     y, s = fused((x, residual, weight, bias, seed), {"p": dropout_p, "eps": eps, "rms": rms}, backend)
     return (y, s if summed(residual, seed) else x) if prenorm else y
 
 
-def _autocast(x, residual):
-    """As torch's layer_norm has it: in float32 on a GPU, as it comes on the CPU; two dtypes meet in the wider one."""
+def _autocast(x, residual, weight, bias):
+    """As torch's layer_norm has it: in float32 on a GPU, as it comes on the CPU; two dtypes meet in the wider one, and weights
+    follow x."""
     if residual is not None and residual.dtype != x.dtype:
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
     if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
         x, residual = x.float(), None if residual is None else residual.float()
-    return x, residual
+    weight, bias = (v if v is None or _beside(v, x) else v.to(x.dtype) for v in (weight, bias))
+    return x, residual, weight, bias
 
 
-def _check(x, residual, weight, bias, dropout_p, kind):
+def _check_types(x, residual, weight, bias, dropout_p, kind):
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dim() == 0:
-        raise RuntimeError("x must have at least one dimension, got a scalar")
+    for name, v in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if v is not None and not isinstance(v, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(v).__name__}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    autocast = torch._C._is_any_autocast_enabled()
-    for name, v, shape in (
-        ("residual", residual, x.shape),
-        ("weight", weight, x.shape[-1:]),
-        ("bias", bias, x.shape[-1:]),
-    ):
-        if v is None:
-            continue
-        if not isinstance(v, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(v).__name__}")
-        if v.shape != shape:
-            raise RuntimeError(f"{name} must have shape {list(shape)} beside x {list(x.shape)}, got {list(v.shape)}")
-        if v.device != x.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but x is on {x.device} and {name} is on {v.device}"
-            )
-        wide = name != "residual" and v.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
-        if v.dtype != x.dtype and not wide and not autocast:
-            raise RuntimeError(f"{name} must have x's dtype {x.dtype}, got {v.dtype}")

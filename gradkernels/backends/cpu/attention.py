@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import cpu, reference
+from gradkernels.backends.reference import philox
 
 
 def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str | None:
@@ -51,9 +52,8 @@ class _Call:
         mask = key_mask if key_mask is None else key_mask.contiguous()
         self.sizes = [n, Hq, Hk, Tq, Tk, D, E, left, right, *strides, per_sequence]
         self.sizes += [s for t in (q, k, v) for s in t.stride()[:3]]
-        self.kept = (*cu, q, k, v, bias, slopes, mask, lse)
-        drawn = 0 if seed is None else int(seed) & (2**64 - 1)
-        self.options = causal, scale, 0.0 if seed is None else p, drawn, torch.get_num_threads()
+        self.kept = (*cu, q, k, v, bias, slopes, mask, lse.contiguous())
+        self.options = causal, scale, *philox.number(seed, p), torch.get_num_threads()
         self.storage = cpu.STORAGE[q.dtype]
 
     def __call__(self, kernel: Any, *more: Any, heads: int) -> None:

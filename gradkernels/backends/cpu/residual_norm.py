@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import cpu, reference
+from gradkernels.backends.reference import philox
 from gradkernels.backends.reference.residual_norm import summed
 
 
@@ -18,18 +20,12 @@ def why_not(dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> str
 
 
 def _options(x: Tensor, seed: Tensor | None, p: float, eps: float, rms: bool) -> tuple[Any, ...]:
-    drawn = 0 if seed is None else int(seed) & (2**64 - 1)
-    return rms, eps, 0.0 if seed is None else p, drawn, torch.get_num_threads()
+    return rms, eps, *philox.number(seed, p), torch.get_num_threads()
 
 
 def _computed(v: Any) -> Any:
     """A weight in what is computed in."""
     return None if v is None else reference.precise(v).contiguous()
-
-
-def _rows(x: Tensor) -> tuple[int, int]:
-    N = x.shape[-1]
-    return (x.numel() // N if N else 0), N
 
 
 def forward(
@@ -43,13 +39,13 @@ def forward(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, s, mean [M], rstd [M])"""
-    M, N = _rows(x)
+    M, N = math.prod(x.shape[:-1]), x.shape[-1]
     x = x.contiguous()
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = cpu.empty(x, *x.shape)
     s = cpu.empty(x, *x.shape) if summed(residual, seed) else None
     mean, rstd = x.new_empty(M, dtype=computed), x.new_empty(M, dtype=computed)
-    if M:
+    if M and N:
         tensors = _computed(weight), _computed(bias), x, residual if residual is None else residual.contiguous()
         at = cpu.addresses([*tensors, y, s, mean, rstd])
         cpu.build().residual_norm_forward(cpu.STORAGE[x.dtype], M, N, at, *_options(x, seed, p, eps, rms))
@@ -69,13 +65,12 @@ def backward(
     (dy, dsum), (x, residual, weight, bias, seed), (_, s, mean, rstd) = grads, tensors, outputs
     if not summed(residual, seed):
         s, dsum = x, None
-    M, N = _rows(x)
+    M, N = mean.shape[0], x.shape[-1]
     dx, dresidual = (cpu.empty(x, *x.shape) if wanted else None for wanted in need[:2])
     sums = [rstd.new_empty(N) if wanted else None for wanted in need[2:4]]
-    if M:
-        dy = torch.zeros_like(x, memory_format=torch.contiguous_format) if dy is None else dy.contiguous()
-        dsum = None if dsum is None else dsum.contiguous()
-        kept = [_computed(weight), None, dy, dsum, s.contiguous(), mean, rstd]
+    if M and N:
+        dy, dsum = (None if v is None else v.contiguous() for v in (dy, dsum))
+        kept = [_computed(weight), None, dy, dsum, s.contiguous(), mean.contiguous(), rstd.contiguous()]
         at = cpu.addresses([*kept, dx, dresidual, *sums])
         cpu.build().residual_norm_backward(cpu.STORAGE[x.dtype], M, N, at, *_options(x, seed, p, eps, rms))
     else:

@@ -48,6 +48,16 @@ def limit(p: float) -> tuple[int, float]:
     return min(int(p * 2**32), LOW), 1 / (1 - p) if p < 1 else 0.0
 
 
+def number(seed: Tensor | None, p: float) -> tuple[float, int]:
+    """(p, seed) as kernels in C++ take them: 64 bits without a sign, and no dropout without a seed.
+
+    >>> import torch
+    >>> number(torch.tensor([-1]), 0.5) == (0.5, 2**64 - 1), number(None, 0.5)
+    (True, (0.0, 0))
+    """
+    return (0.0, 0) if seed is None else (p, int(seed) & (2**64 - 1))
+
+
 def kept(seed: Tensor, p: float, rows: Tensor, columns: Tensor) -> Tensor:
     """False where something of probability p befalls a place."""
     return words(seed, rows, columns) >= limit(p)[0]

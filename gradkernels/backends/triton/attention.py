@@ -188,7 +188,7 @@ def backward(
             rows = [_rows(t) for t in made]
             dout = torch.zeros_like(out) if dout is None else _rows(dout)
             call = _Call(q, k, v, bias, *rest, **options)
-            dbias = _backward(call, dout, _dense(dlse), _rows(out), lse, rows, need[3])
+            dbias = _backward(call, dout, _dense(dlse), _rows(out), lse.contiguous(), rows, need[3])
             made = [t if t is r else t.copy_(r) for t, r in zip(made, rows)]
     return [*(t if wanted else None for t, wanted in zip(made, need)), dbias, *[None] * len(rest)]
 

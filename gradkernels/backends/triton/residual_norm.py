@@ -93,11 +93,11 @@ def forward(
     from gradkernels.backends.triton import residual_norm_kernels as kernels
 
     x, N = x.contiguous(), x.shape[-1]
-    M = x.numel() // N if N else 0
+    M = math.prod(x.shape[:-1])
     y = torch.empty_like(x)
     s = torch.empty_like(x) if summed(residual, seed) else None
     mean, rstd = x.new_empty(M, dtype=_computed(x)), x.new_empty(M, dtype=_computed(x))
-    if M:
+    if M and N:
         with _on(x.device):
             at = launch.limits()
             tile, warps = _tile(N, WIDEST[x.dtype.itemsize][0], FORWARD, at)
@@ -128,7 +128,7 @@ def backward(
     dx, dresidual = (torch.empty_like(s) if wanted else None for wanted in need[:2])
     dweight, dbias = (torch.empty_like(v) if wanted else None for v, wanted in zip((weight, bias), need[2:4]))
     got = [dx, dresidual, dweight, dbias, None]
-    if not M:
+    if not M or not N:
         return [v if v is None else v.zero_() for v in got]
     with _on(x.device):
         at = launch.limits()
@@ -142,7 +142,8 @@ def backward(
         weight_sums, bias_sums = (mean.new_empty(runs, N) if wanted else None for wanted in need[2:4])
         tilts = mean.new_empty(2, M) if parts > 1 and dy is not None else None
         given = _arguments(s, weight, seed, p, rms, at) | tile | {"RUN": run, "STAGES": stages}
-        given |= {"dy": _dense(dy), "dsum": _dense(dsum), "s": s, "mean": mean, "rstd": rstd, "tilts": tilts}
+        given |= {"dy": _dense(dy), "dsum": _dense(dsum), "s": s, "tilts": tilts}
+        given |= {"mean": mean.contiguous(), "rstd": rstd.contiguous()}
         given |= {"dx": dx, "dresidual": dresidual, "dweight": weight_sums, "dbias": bias_sums}
         if tilts is not None:
             launch.launch(kernels.norm_tilts, (M,), given, launch.options(warps))
