@@ -7,7 +7,7 @@
 
 namespace gk {
 
-constexpr int max_states = 8;
+constexpr int max_states = 8, max_masks = 8;
 
 // Step i of the walk has rows_at(i) rows, counted longest first; `order` says where each stands in the batch.
 struct Walk {
@@ -27,6 +27,26 @@ struct Team {
   int size;           // blocks
   unsigned *arrivals; // [teams, 32] counters, zero at launch; a team uses the first of its row (grid exchange only)
   char *exchange;     // [teams, ...] what blocks hand each other through L2; the host asks the variant for its size
+};
+
+// Where a mask comes from: one number, a word for each token and unit or each column and unit, or `flags`.
+enum MaskKind { SAME, DRAWN, FIXED, GIVEN };
+
+struct Mask {
+  int kind;       // a MaskKind
+  unsigned below; // a word less than this makes a zero,
+  float high;     // any other this
+};
+
+// What gradkernels/backends/_extra.py says of a call. P parameters of a unit, M masks.
+struct ExtraArgs {
+  const void *params;             // [P, H], null where the cell has none
+  const unsigned long long *seed; // [1], null: no mask is drawn
+  const void *flags;              // [N] or null
+  int64 first;                    // number of the first token
+  int skip;                       // steps back to the delayed value
+  float clip;                     // backward clamps the adjoint of the first state to +-clip; 0: it does not
+  Mask masks[max_masks];
 };
 
 struct ForwardArgs {
@@ -66,7 +86,9 @@ enum Stage { CELL, SECOND, PROJECT };
 
 struct StepForwardArgs {
   Walk walk;
+  ExtraArgs extra;
   int step, stage;               // step of the walk; a Stage
+  int steps;                     // that this launch does, one after the other: 1, but all where there is no product
   int R;                         // width of the first state: H, or that of the projection
   const void *gates;             // [N, G * H]
   const void *b_hh;              // [G * H] or null
@@ -78,11 +100,14 @@ struct StepForwardArgs {
   void *final_state[max_states]; // [B, R], [B, H] ..
   void *raw;                     // [N, H] the output before projection, or null
   void *acts;                    // [N, A, H] or null
+  float *kept;                   // [B, H, ..] what rounds of a function leave to later ones; null without means
 };
 
 struct StepBackwardArgs {
   Walk walk;
+  ExtraArgs extra;
   int step, stage; // step -1 comes last: rows of step 0 get their dstate
+  int steps;       // that this launch does, down from `step`
   int R;
   int blocks;                    // of norms
   const void *acts;              // [N, A, H]
@@ -99,6 +124,9 @@ struct StepBackwardArgs {
   void *dproj;              // [N, R]; null without projection
   void *dstate[max_states]; // [B, R], [B, H] ..
   double *norms;            // [T, blocks, S] squared norms of the states' adjoints, zero at launch; null
+  void *dparams;            // [N, P * H] of each token, or null
+  float *owed;              // [N, H] what later steps send to a delayed first state, zero at launch; null without one
+  float *kept;              // as forward
 };
 
 } // namespace gk

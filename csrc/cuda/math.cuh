@@ -19,8 +19,8 @@ GK_DEVICE float pow(float x, float y) { return ::powf(x, y); }
 
 GK_DEVICE float where(bool c, float a, float b) { return c ? a : b; }
 GK_DEVICE float relu(float x) { return x <= 0.f ? 0.f : x; }
-GK_DEVICE float sign(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }
-GK_DEVICE float min(float x, float y) { return x < y || x != x ? x : y; } // NaN if either is
+GK_DEVICE float sign(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; } // of a NaN 0, as in torch
+GK_DEVICE float min(float x, float y) { return x < y || x != x ? x : y; }      // NaN if either is
 GK_DEVICE float max(float x, float y) { return x > y || x != x ? x : y; }
 
 // Infinite exponentials have reciprocal 0, so that both ends saturate by themselves.

@@ -7,7 +7,8 @@ change its values in some order, or else be seen by the race detector; one that 
 import pytest
 import torch
 
-from tests.cuda_on_cpu.machine import Hang, Schedule, Twin, objects
+from tests.backends.cuda import test_extra
+from tests.cuda_on_cpu.machine import Hang, Schedule, Twin, objects, twin  # noqa: F401 - a fixture
 from tests.cuda_on_cpu.replay import capture, findings, missed_without
 from tests.cuda_on_cpu.test_twin import EXCHANGES, NAMES, Args
 from tests.cuda_on_cpu.walks import Walk
@@ -108,3 +109,20 @@ def test_kernels_that_are_not_all_resident():
 def test_the_grid_before_sm_90():
     walk = next(w for w in WALKS if w.exchange == "grid" and w.C == 1)
     assert len(walk.record(Twin(capability=(8, 0)))) == 2
+
+
+# ---------------------------------------------------------------- means and what a cell without a product adds up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [test_extra.CELLS["gru_layer_norm"], test_extra.AROUND[5]], ids=lambda c: c.name)
+def test_sites_of_means(cell, twin):  # noqa: F811
+    """Blocks of a step that meet: for sums of a row, and between the steps of a launch that does them all."""
+    given, extra = test_extra.make(cell, "lengths", False, H=12, T=3, B=2)
+    cases = []
+    twin.watch = lambda kernel, *launch: cases.append(capture(kernel, *launch, cell.name))
+    test_extra.run(test_extra.cuda, given, extra)
+    cases = cases[: len(cases) // 2 + 1]  # forward, and backward with norms
+    assert not [f for c in {type(c.variant): c for c in cases}.values() for f in findings(c)]
+    found = missed_without(list({type(c.variant): c for c in cases}.values()))
+    assert found and all(found.values()), found

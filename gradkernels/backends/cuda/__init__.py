@@ -17,10 +17,10 @@ from gradkernels.cells import Cell
 from gradkernels.cells.codegen import device_struct
 
 from . import driver, launch, plan
-from .arguments import MAX_STATES
+from .arguments import MAX_MASKS, MAX_STATES
 
 Tensors = Sequence[Tensor | None]
-CLIPS = False  # whether backward clamps the adjoint of h_t
+CLIPS = True  # whether backward clamps the adjoint of h_t
 
 
 def why_not(
@@ -36,10 +36,10 @@ def why_not(
 
 @functools.cache
 def _cell_why_not(cell: Cell) -> str | None:
-    if cell.extra or cell.means or not cell.recurrent:
-        return "it has no parameters, masks, delayed states or means yet, and a recurrent product always"
     if cell.S > MAX_STATES:
         return f"cell {cell.name!r} has {cell.S} states, and the kernels take {MAX_STATES}"
+    if cell.M > MAX_MASKS:
+        return f"cell {cell.name!r} has {cell.M} masks, and the kernels take {MAX_MASKS}"
     try:
         device_struct(cell)
     except (NotImplementedError, ValueError) as e:

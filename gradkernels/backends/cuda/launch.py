@@ -68,7 +68,9 @@ def forward(
     try:
         if chosen.variant is None or w_hr is not None:
             known = None if sizes is None else sizes.tolist()
-            step.forward(machine, kind, cell, gates, w_hh, b_hh, w_hr, state, steps, known, seq, final, raw, acts)
+            step.forward(
+                machine, kind, cell, gates, w_hh, b_hh, w_hr, state, steps, known, seq, final, raw, acts, extra
+            )
             return
         team, shared = _team(chosen, chosen.variant, gates)
         args = ForwardArgs(
@@ -105,10 +107,11 @@ def backward(
     H = w_hh.shape[0] // cell.G
     chosen = plan.plan(machine, cell, kind, H, steps.B, "backward", norms=norms is not None)
     try:
-        if chosen.variant is None or w_hr is not None:
+        if chosen.variant is None or w_hr is not None or extra.clip:
             known = None if sizes is None else sizes.tolist()
             step.backward(
-                machine, kind, cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, known, dgates, dr, operand, dproj, dstate, norms
+                machine, kind, cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, known, dgates, dr, operand, dproj, dstate, norms,
+                dparams, extra,
             )  # fmt: skip
             return
         team, shared = _team(chosen, chosen.variant, dgates)

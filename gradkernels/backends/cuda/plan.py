@@ -23,13 +23,12 @@ from gradkernels.cells import Cell
 from . import costs
 from .backward import Backward
 from .forward import Forward
-from .variant import BYTES, TILE, Variant
+from .variant import BYTES, REGISTERS, TILE, Variant
 
 if TYPE_CHECKING:
     from .driver import Machine
 
 WALKS: dict[str, type[Variant]] = {"forward": Forward, "backward": Backward}
-REGISTERS = 65536  # of a multiprocessor, of every GPU that kernels run on
 REGISTERS_OF_THREAD = 255
 SPARE = 16  # of a thread: what variants say of their registers is an estimate
 ROWS = (8, 16, 32, 64)  # of a tile of the batch
@@ -78,6 +77,8 @@ def plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, 
 
 @functools.lru_cache(4096)
 def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str, norms: bool) -> Plan:
+    if (reason := _only_stepwise(cell)) is not None:
+        return Plan("step", None, 0, 0, reason, (), costs.step(cell, number, H, B, machine.multiprocessors))
     candidates = _candidates(
         cell, number, H, which, norms, _clusters(machine), machine.multiprocessors, machine.shared_bytes
     )
@@ -117,6 +118,16 @@ def _plan(machine: Machine, cell: Cell, number: str, H: int, B: int, which: str,
         refused.append((str(candidates[k]), f"{costs.microseconds(cycles):.1f} us a step are expected of it"))
     why = f"a matrix product and a kernel in every step; {costs.microseconds(stepwise):.1f} us expected of them"
     return Plan("step", None, 0, 0, why, tuple(refused), stepwise)
+
+
+def _only_stepwise(cell: Cell) -> str | None:
+    """What of a cell kernels that keep the matrix do not have."""
+    if not cell.recurrent:
+        return f"cell {cell.name!r} has no recurrent product: a kernel walks all steps by itself"
+    if cell.extra or cell.means:
+        what = "means over its units" if cell.means else "parameters, masks or a delayed state"
+        return f"a matrix product and a kernel in every step, as cell {cell.name!r} has {what}"
+    return None
 
 
 def _clusters(machine: Machine) -> int:

@@ -1,6 +1,6 @@
 """The plan that goes step by step: a matrix product of torch's, then one kernel of csrc/cuda/step.cuh, and so on.
 
-It takes every cell, width, layout and projection. Nothing is read back from the device: where only the device knows the rows
+It takes every cell, width, layout and projection; a cell without a recurrent product is one kernel that does all steps. Nothing is read back from the device: where only the device knows the rows
 of a step, every launch is of all rows, and those that take no part stop at once. What a launch is told is one structure whose
 `step` moves on; the tensors that products read and write are the same in every step, or views that one call made.
 
@@ -11,6 +11,7 @@ product is taken of another value than the first state, K = G - Q the others.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -19,16 +20,28 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends import _sequence
+from gradkernels.backends._extra import Extra
 from gradkernels.cells import Cell
-from gradkernels.cells.codegen import type_name
+from gradkernels.cells.codegen import device_struct, type_name
 
-from .arguments import Stage, StepBackwardArgs, StepForwardArgs, Walk, address, addresses
+from .arguments import Stage, StepBackwardArgs, StepForwardArgs, Walk, address, addresses, extras
+from .variant import REGISTERS
 
 if TYPE_CHECKING:
     from .driver import Machine
 
 UNITS = 4  # of a thread where rows are aligned to as many: 16 bytes of float
+HEAVY = 16  # values of a unit of which a thread has one at a time, as registers do not suffice for more
 RESIDENT = 4  # blocks that a multiprocessor has room for: registers are spent on loads under way only as far as that
+WITH_MEANS = 2  # the same of cells that take means over their units, which have most values
+
+
+@functools.cache
+def rounds(cell: Cell) -> tuple[int, int]:
+    """(the most means that a round of any function of the cell takes, the most values that a unit keeps between rounds)"""
+    found = re.findall(r"kept = (\d+), means\[\] = {([\d, ]+)};", device_struct(cell))
+    means = (int(n) for _, text in found for n in text.split(","))
+    return max(means, default=0), max((int(kept) for kept, _ in found), default=0)
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,16 @@ class Step:
 
     @property
     def shared_bytes(self) -> int:
-        return 0
+        return self.threads // 32 * rounds(self.cell)[0] * 4  # sums that means are made of
 
     @property
     def registers(self) -> int:
-        """Of a thread, about: most values of V units at once, and addresses."""
-        return 24 + self.V * (self.cell.G + self.cell.S + self.cell.A)
+        """Of a thread, about: most values of V units at once, and addresses; no more than blocks that are resident leave."""
+        return min(24 + self.V * weight(self.cell), REGISTERS // (self.threads * self.resident))
+
+    @property
+    def resident(self) -> int:
+        return WITH_MEANS if self.cell.means else RESIDENT
 
     @property
     def template(self) -> str:
@@ -65,11 +82,15 @@ class Step:
             f'#include "{self.header}"\n'
             f"using Kernel = {self.template};\n"
             f"static_assert(Kernel::SHARED_BYTES == {self.shared_bytes} && Kernel::THREADS == {self.threads});\n"
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {RESIDENT}) run(gk::{self.arguments} p) {{ Kernel::run(p); }}\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.resident}) run(gk::{self.arguments} p) {{ Kernel::run(p); }}\n'
         )
 
     def blocks(self, rows: int, width: int) -> int:
         return -(-rows * (width // self.V) // self.threads)
+
+    def cells(self, rows: int, H: int) -> int:
+        """Blocks that run the cell; where it takes means, a block has a row."""
+        return rows if self.cell.means else self.blocks(rows, H)
 
 
 @dataclass(frozen=True)
@@ -85,15 +106,25 @@ class StepBackward(Step):
 
     @property
     def shared_bytes(self) -> int:
-        return self.threads // 32 * self.cell.S * 8  # sums of the norms
+        return super().shared_bytes + self.threads // 32 * self.cell.S * 8  # and of the norms
 
 
-def units(widths: Sequence[int], tensors: Sequence[Tensor | None]) -> int:
+def weight(cell: Cell) -> int:
+    """Values of a unit that a thread has at once, with adjoints of states and parameters."""
+    return cell.G + 2 * cell.S + cell.A + 2 * cell.P + cell.M + cell.D
+
+
+def most_units(cell: Cell) -> int:
+    """Units of a thread as far as registers suffice."""
+    return 1 if cell.means or weight(cell) >= HEAVY else UNITS
+
+
+def units(cell: Cell, widths: Sequence[int], tensors: Sequence[Tensor | None]) -> int:
     """Units of a thread: several where every row of all these tensors is aligned to as many."""
     aligned = all(w % UNITS == 0 for w in widths) and all(
         v is None or v.data_ptr() % (UNITS * v.element_size()) == 0 for v in tensors
     )
-    return UNITS if aligned else 1
+    return most_units(cell) if aligned else 1
 
 
 def product(like: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
@@ -150,6 +181,7 @@ def forward(
     final: Sequence[Tensor],  # S of [B, R], [B, H] ..
     raw: Tensor | None,  # [N, H]
     acts: Tensor | None,  # [N, A, H]
+    extra: Extra,
 ) -> None:
     rows, Q = Rows(steps, sizes), len(cell.second)
     (B, R), H = state[0].shape, w_hh.shape[0] // cell.G
@@ -164,20 +196,25 @@ def forward(
     for v, s in zip(final, state):  # of rows without a step
         v.copy_(s)
 
-    given = [gates, b_hh, *seq, *final, raw, acts]  # what is allocated here is aligned
-    variant = StepForward(cell, number, units((H, R), given))
+    kept = new(B, H, rounds(cell)[1]) if cell.means else None
+    given = [gates, b_hh, *seq, *final, raw, acts, extra.params]  # what is allocated here is aligned
+    variant = StepForward(cell, number, units(cell, (H, R), given))
     args = StepForwardArgs(
-        walk(steps, H), 0, Stage.CELL, R, address(gates), address(b_hh), address(gate), address(second), addresses(current),
-        address(operand) if half else 0, address(wide), addresses(seq), addresses(final), address(raw), address(acts),
+        walk(steps, H), extras(extra), 0, Stage.CELL, 1, R, address(gates), address(b_hh), address(gate), address(second), addresses(current),
+        address(operand) if half else 0, address(wide), addresses(seq), addresses(final), address(raw), address(acts), address(kept),
     )  # fmt: skip
-    multiply, launch, blocks = product(gates), machine.kernel(variant).launch, variant.blocks
+    multiply, launch = product(gates), machine.kernel(variant).launch
+    if not cell.recurrent:
+        args.steps = steps.T
+        launch(variant.cells(B, H), args)
+        return
     first, last = w_hh[:KH].t(), (w_hh[KH:] if Q else w_hr)
     last = None if last is None else last.t()
 
     @functools.cache
     def views(n: int) -> tuple:
         part = lambda v: None if v is None else v[:n]
-        return part(operand), part(gate), part(wide), part(second), blocks(n, H), blocks(n, R)
+        return part(operand), part(gate), part(wide), part(second), variant.cells(n, H), variant.blocks(n, R)
 
     with _sequence.products(gates):
         for i in range(steps.T):
@@ -220,6 +257,8 @@ def backward(
     dproj: Tensor | None,  # [N, R]
     dstate: Sequence[Tensor],  # S of [B, R], [B, H] ..
     norms: Tensor | None,  # float64 [T, S]
+    dparams: Tensor | None,  # [N, P*H]
+    extra: Extra,
 ) -> None:
     rows, S, Q = Rows(steps, sizes), cell.S, len(cell.second)
     (B, R), H = state[0].shape, w_hh.shape[0] // cell.G
@@ -237,16 +276,19 @@ def backward(
     wide = stored(B, Q * H) if Q else None if w_hr is None or rows.known else stored(B, R)
     second = new(B, H) if Q or w_hr is not None else None
 
-    given = [*grads, raw, acts, *seq, *state, dgates, dr, v, dproj, *dstate]
-    variant = StepBackward(cell, number, units((H, R), given))
-    multiply, launch, blocks = product(dgates), machine.kernel(variant).launch, variant.blocks
+    kept = new(B, H, rounds(cell)[1]) if cell.means else None
+    owed = new(dgates.shape[0], H).zero_() if cell.D else None
+    given = [*grads, raw, acts, *seq, *state, dgates, dr, v, dproj, *dstate, dparams, extra.params]
+    variant = StepBackward(cell, number, units(cell, (H, R), given))
+    multiply, launch = product(dgates), machine.kernel(variant).launch
     parts = None
     if norms is not None:
-        parts = norms.new_zeros(steps.T, max(blocks(B, H), blocks(B, R)), S)
+        parts = norms.new_zeros(steps.T, max(variant.cells(B, H), variant.blocks(B, R)), S)
     args = StepBackwardArgs(
-        walk(steps, H), 0, Stage.CELL, R, 0 if parts is None else parts.shape[1], address(acts), address(raw), addresses(seq),
+        walk(steps, H), extras(extra), 0, Stage.CELL, 1, R, 0 if parts is None else parts.shape[1], address(acts), address(raw), addresses(seq),
         addresses(state), addresses(grads[:S]), address(sent), address(second), addresses(adjoint), address(operand),
         address(wide), address(dgates), address(dr), address(v), address(dproj), addresses(dstate), address(parts),
+        address(dparams), address(owed), address(kept),
     )  # fmt: skip
     first, last = w_hh[:KH], (w_hh[KH:] if Q else w_hr)
     in_place = dr[:, :KH].split(rows.sizes) if rows.known else None
@@ -255,10 +297,13 @@ def backward(
     @functools.cache
     def views(n: int) -> tuple:
         part = lambda v: None if v is None else v[:n]
-        return part(operand), part(wide), part(second), part(sent), blocks(n, H), blocks(n, R)
+        return part(operand), part(wide), part(second), part(sent), variant.cells(n, H), variant.blocks(n, R)
 
+    if not cell.recurrent:
+        args.step, args.steps = steps.T - 1, steps.T + 1
+        launch(variant.cells(B, H), args)
     with _sequence.products(dgates):
-        for i in reversed(range(-1, steps.T)):
+        for i in reversed(range(-1, steps.T)) if cell.recurrent else ():
             n, t = rows(i), rows.time(i)
             here, w, r2, out, _, _ = views(n)
             *_, cells, first_state = views(max(n, rows(i + 1)))  # with those that began in the step after

@@ -10,6 +10,7 @@ from gradkernels.cells.codegen import type_name
 
 BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # of a number type of platform.cuh
 LANES = 32
+REGISTERS = 65536  # of a multiprocessor, of every GPU that kernels run on
 TILE = 32  # bytes of the contraction that one mma takes
 FRAGMENT = 512  # bytes of 16 rows of a tile, or of 16 x 8 sums in float
 RING = 4  # tiles of the contraction that come from L2 at a time

@@ -78,7 +78,9 @@ class Case:
         machine, cell = GPUS[self.arch], CELLS[self.cell]
         if not self.H:
             return machine.kernel(
-                {"forward": step.StepForward, "backward": step.StepBackward}[self.which](cell, self.number, 4)
+                {"forward": step.StepForward, "backward": step.StepBackward}[self.which](
+                    cell, self.number, step.most_units(cell)
+                )
             )
         chosen = plan.plan(machine, cell, self.number, self.H, self.B, self.which, self.norms)
         if chosen.variant is None:
@@ -114,7 +116,11 @@ def _cases() -> list[Case]:
     for number in ("fp16", "tf32", "fp32"):
         cases += both("sm_90a", "lstm", number, 128, 16)
     cases.append(Case("sm_90a", "backward", "lstm", "bf16", 256, 8, norms=True))
+    for cell in [name for name in CELLS if name not in COMPILED]:
+        cases += both("sm_90a", cell, "fp32")
     for arch in GPUS:
+        if arch != "sm_90a":
+            cases += both(arch, "lstm_layer_norm", "bf16")
         cases += both(arch, "lstm", "bf16") + both(arch, "gru_reset_before", "fp32")  # step by step
         if arch != "sm_90a":
             cases += both(arch, "lstm", "bf16", 256, 16) + both(arch, "gru", "tf32", 100, 16)

@@ -267,7 +267,8 @@ STRUCTURES = [v for v in vars(arguments).values() if isinstance(v, type) and iss
 
 def test_structures_are_laid_out_as_the_kernels_have_them(tmp_path):
     says = [f"static_assert(gk::max_states == {arguments.MAX_STATES});"]
-    says += [f"static_assert(gk::{s.name} == {s.value});" for s in arguments.Stage]
+    says += [f"static_assert(gk::max_masks == {arguments.MAX_MASKS});"]
+    says += [f"static_assert(gk::{s.name} == {s.value});" for s in (*arguments.Stage, *arguments.MaskKind)]
     for structure in STRUCTURES:
         name = structure.__name__
         says.append(f"static_assert(sizeof(gk::{name}) == {ctypes.sizeof(structure)});")
@@ -312,13 +313,8 @@ def test_cells_of_others_run_too(stepwise):
 
 
 def test_reasons():
-    @cell
-    def with_parameters(x, r, s, p):
-        return tanh(x[0] + r[0] + p[0] * s[0])  # noqa: F821
-
     assert "float64" in cuda.why_not(dtype=torch.float64)
     assert "not on cpu" in cuda.why_not(device=torch.device("cpu"))
-    assert "per-unit parameters" in cuda.why_not(with_parameters)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run lstm in torch.float32 on cpu"):
         Case("lstm").call("cuda")(*Case("lstm").tensors(torch.float32).values())
 

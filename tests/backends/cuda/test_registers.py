@@ -6,7 +6,10 @@ from gradkernels.backends.cuda import nvrtc
 from tests.backends.cuda import registers
 
 # Kernels that spill registers all the same: case -> bytes that a thread writes and reads for them.
-SPILLS: dict[str, int] = {}
+SPILLS: dict[str, int] = {
+    "sm_100a backward lstm_layer_norm bf16 step": 36,
+    "sm_120 backward lstm_layer_norm bf16 step": 20,
+}
 SLACK = 8  # registers more than recorded that nobody needs to explain
 OTHER_COMPILER = 24  # more of them, for a version of NVRTC that did not write the table
 AGAIN = "python -m tests.backends.cuda.registers writes the table anew"
@@ -33,7 +36,7 @@ def test_the_table_is_of_these_kernels(table):
 def test_what_is_compiled():
     """Every cell, number type and exchange, in both directions; every architecture; with norms and without."""
     cases = registers.CASES
-    assert {(c.which, c.cell) for c in cases} == {(w, c) for w in ("forward", "backward") for c in registers.COMPILED}
+    assert {(c.which, c.cell) for c in cases} == {(w, c) for w in ("forward", "backward") for c in registers.CELLS}
     assert {c.number for c in cases} == {"bf16", "fp16", "tf32", "fp32"} and {c.norms for c in cases} == {True, False}
     assert {(c.arch, bool(c.H)) for c in cases} == {(a, h) for a in registers.GPUS for h in (True, False)}
 
