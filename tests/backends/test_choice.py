@@ -82,7 +82,7 @@ def test_a_backend_that_was_named_runs_or_says_why(machine):
 
 def test_a_cell_of_ones_own(machine):
     """It is asked about by itself, whatever its name."""
-    refused, asked = machine
+    refused, _ = machine
 
     @gk.cell
     def lstm(x, r, s):  # the name of another cell, on purpose
