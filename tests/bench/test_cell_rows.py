@@ -48,7 +48,7 @@ def test_every_cell_that_torch_lacks_has_both_modes():
         ("lstm_layer_norm 128,1,256 inference", "ours_plain", 0.8, 1.0),
         ("lstm_peephole 128,32,256 training", "ours_plain", 0.8, 1.0),
         ("lstm 128,32,256 training zoneout 0.1", "ours_plain", 0.8, 1.0),
-        ("gru 128,32,256 inference skip 8", "ours_plain", 0.8, 1.0),
+        ("lstm 128,32,256 inference skip 8", "ours_plain", 0.8, 1.0),
         ("lstm_coupled 128,32,256 inference", "ours_plain", None, 0.75),
         ("leaky 128,32,256 training", "ours_plain", 1 / 1.3, 0.25),
         ("lstm 20000,1,256 training recompute 128 peak memory", "torch", 1.0, 1.0),
