@@ -38,7 +38,7 @@ class Target:
     """What is asked of a row: `against`'s median over ours, times `scale`, is to be at least `at_least`.
 
     against "limit" asks for our share of the rate at which this machine multiplies matrices, measured in the same run; on a GPU of
-    the floor that gpu/floor.py makes of what was measured there.
+    the floor that gpu/floor.py makes of what was measured there. "rate" asks for so many TFLOP/s, "best" is the fastest backend of SDPA.
     at_least None asks for nothing: the ratio is printed. needs: only asked of a CPU with this instruction set.
     """
 
@@ -240,7 +240,8 @@ def recurrent() -> list[Case]:
 
 def quick(found: list[Case]) -> list[Case]:
     """The rows that show every part of the harness and take little time: no large shapes, memory of plain cells alone."""
-    small = [c for c in found if c.T * c.B * c.H**2 <= 128 * 32 * 256**2 or c.device != "cpu" and c.H <= 512]
+    narrow = lambda c: c.H <= 512 or c.cell.startswith("attention") and c.T <= 2048
+    small = [c for c in found if c.T * c.B * c.H**2 <= 128 * 32 * 256**2 or c.device != "cpu" and narrow(c)]
     return [
         c
         for c in small
@@ -269,4 +270,17 @@ def cell_rows() -> list[Case]:
     return cell_rows()
 
 
-SUITES = {"recurrent": recurrent, "recurrent-gpu": recurrent_gpu, "layers": layers, "cells": cell_rows}
+def layers_gpu() -> list[Case]:
+    """Every row of attention, residual + norm and convolution for a GPU."""
+    from bench.gpu.layer_rows import layers_gpu
+
+    return layers_gpu()
+
+
+SUITES = {
+    "recurrent": recurrent,
+    "recurrent-gpu": recurrent_gpu,
+    "layers": layers,
+    "layers-gpu": layers_gpu,
+    "cells": cell_rows,
+}

@@ -22,9 +22,12 @@ CONVOLUTION = [(512, 8, 256, 3, 4), (2048, 4, 64, 2, 16), (512, 8, 512, 3, 2)]  
 
 @dataclass(frozen=True)
 class Layer(Case):
-    """A row; `cell` is the operation: attention, attention block, residual norm, layer norm, causal conv."""
+    """A row; `cell` is the operation: attention, attention block, residual norm, residual rms norm, layer norm, causal conv.
+
+    mode backward: that alone, on a GPU."""
 
     heads: int = 1
+    causal: bool = True
     dropout: float = 0.0
     taps: int = 0
     dilation: int = 1
@@ -33,7 +36,10 @@ class Layer(Case):
     def name(self) -> str:
         more = [
             self.dtype.replace("float", "fp").replace("bfp", "bf") * (self.dtype != "float32"),
+            "tf32" * self.tf32,
             f"{self.heads} heads" * (self.heads > 1),
+            f"of {self.H // self.heads}" * (self.heads > 1 and self.device != "cpu"),
+            "full" * (not self.causal),
             f"dropout {self.dropout:g}" * bool(self.dropout),
             f"{self.taps} taps, dilation {self.dilation}" * bool(self.taps),
             "peak memory" * (self.kind == "memory"),
@@ -45,25 +51,27 @@ class Layer(Case):
         return self.name.split(self.mode, 1)[1].strip()
 
     def flops(self) -> int:
-        """Of the matrix products; causal attention counts the half that is not masked. Training has 2.5 times as many again in
-        attention, whose scores are made once more, else twice."""
-        tokens = self.T * self.B
-        scores = 2 * self.B * self.T * (self.T + 1) * self.H
+        """Of the matrix products; causal attention counts the half that is not masked. Backward has 2.5 times as many in attention,
+        whose scores are made once more, else twice."""
+        tokens, times = self.T * self.B, {"inference": 1, "backward": 2, "training": 3}[self.mode]
+        scores = 2 * self.B * self.T * (self.T + 1 if self.causal else 2 * self.T) * self.H
         if self.cell == "causal conv":
-            return 2 * tokens * self.H**2 * self.taps * (3 if self.mode == "training" else 1)
-        attention = int(scores * (3.5 if self.mode == "training" else 1))
+            return 2 * tokens * self.H**2 * self.taps * times
+        attention = int(scores * {1: 1, 2: 2.5, 3: 3.5}[times])
         if self.cell == "attention block":
-            return attention + 8 * tokens * self.H**2 * (3 if self.mode == "training" else 1)
+            return attention + 8 * tokens * self.H**2 * times
         return attention if self.cell == "attention" else 0
 
     def bytes(self) -> int:
         """That a norm has to read and write: x, the residual, y; training in addition the sum, and in backward dy and the sum in,
-        dx and dresidual out."""
-        if self.cell not in ("residual norm", "layer norm"):
+        dx and dresidual out, which for backward alone are one where nothing is dropped. An RMSNorm here returns the sum too."""
+        if not self.cell.endswith("norm"):
             return 0
         element = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
         planes = {("residual norm", "inference"): 3, ("residual norm", "training"): 4 + 4}
-        planes |= {("layer norm", "inference"): 2, ("layer norm", "training"): 2 + 3}
+        planes |= {("residual norm", "backward"): 4 if self.dropout else 3}
+        planes |= {("residual rms norm", "inference"): 4, ("residual rms norm", "backward"): 4}
+        planes |= {("layer norm", "inference"): 2, ("layer norm", "training"): 2 + 3, ("layer norm", "backward"): 3}
         return planes[self.cell, self.mode] * self.T * self.B * self.H * element
 
     def exact(self) -> Layer:
@@ -210,8 +218,25 @@ class Block(nn.Module):
         return x + F.dropout(y, self.p)
 
 
+def block(case: Layer, ours: bool) -> nn.Module:
+    """The sublayer with torch's layers, or ours with those weights."""
+    torch.manual_seed(0)
+    module = Block(case)
+    if not ours:
+        return module
+    import gradkernels as gk
+
+    made = gk.nn.AttentionBlock(case.H, case.heads, dropout=case.dropout, norm="pre", causal=True)
+    made.load_state_dict(module.state_dict())
+    return made
+
+
 def build(case: Layer, key: str, dtype: torch.dtype | None = None):
     """One provider of a row; both hold the same weights and see the same input."""
+    if case.device != "cpu":
+        from bench.gpu import layer_peers
+
+        return layer_peers.build(case, key, dtype)
     from bench.providers import Provider
 
     torch.manual_seed(0)
@@ -226,13 +251,7 @@ def build(case: Layer, key: str, dtype: torch.dtype | None = None):
         if not ours:  # channels first in memory
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
     elif case.cell == "attention block":
-        module, x = Block(case), draw(B, T, H)
-        if ours:
-            import gradkernels as gk
-
-            block = gk.nn.AttentionBlock(H, case.heads, dropout=case.dropout, norm="pre", causal=True)
-            block.load_state_dict(module.state_dict())
-            module = block
+        module, x = block(case, ours), draw(B, T, H)
     else:
         module = Norm(case, ours)
         x = draw(2 if case.cell == "residual norm" else 1, B, T, H)

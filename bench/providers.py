@@ -38,6 +38,15 @@ LABELS = {
     "flashrnn": "FlashRNN",
     "torchrl": "TorchRL",
     "xma": "XMA",
+    "best": "SDPA, the fastest backend",
+    "sdpa_flash": "SDPA, flash",
+    "sdpa_cudnn": "SDPA, cuDNN",
+    "sdpa_efficient": "SDPA, efficient",
+    "sdpa_math": "SDPA, math",
+    "torch_compile": "torch.compile",
+    "flex": "FlexAttention",
+    "flash_attn": "flash-attn",
+    "liger": "Liger",
 }
 PEERS = ("flashrnn", "torchrl", "xma")  # other packages' kernels, where they are installed
 OTHER = {"ours_fp32": torch.float32, "torch_fp16": torch.float16}  # than the case's dtype

@@ -76,10 +76,12 @@ def judge(
         row["limit_ms"] = max(products, copies) * 1e3
         row["share"] = row["limit_ms"] / ours
     for target in case.targets:
-        if target.against in row.get("absent", {}):
+        if target.against in row.get("absent", {}) or (target.against == "limit" and row["share"] is None):
             continue
         if target.against == "limit":
             value = row["share"]
+        elif target.against == "rate":
+            value = row["gflops"] / 1e3
         else:
             value = row["results"][target.against]["median"] * target.scale / ours
         asked = None if target.needs is not None and target.needs not in has else target.at_least
@@ -106,6 +108,8 @@ def short(row: dict[str, Any]) -> list[str]:
     return [
         f"{r['value']:.0%} of the limit, {r['at_least']:.0%} asked"
         if r["against"] == "limit"
+        else f"{r['value']:.0f} TFLOP/s, {r['at_least']:.0f} asked"
+        if r["against"] == "rate"
         else f"{r['value']:.2f}x {label(r['against'])}, {r['at_least']:.2f}x asked"
         for r in row["ratios"]
         if r["met"] is False

@@ -16,6 +16,7 @@ import torch
 
 from bench import machine
 from bench.cases import Case
+from bench.layers import Layer
 from bench.measure import Plan, Spread
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}  # as rows name them
@@ -137,7 +138,8 @@ def memory(case: Case) -> dict[str, Spread]:
     """Peak MiB that three training steps of each provider hold in torch's allocator above layer and input, after a tiny layer's."""
     from bench.providers import build
 
-    tiny = replace(case, T=2, B=2, H=8, proj_size=4 if case.proj_size else 0)
+    more = {} if isinstance(case, Layer) else {"H": 8, "proj_size": 4 if case.proj_size else 0}
+    tiny = replace(case, T=2, B=2, **more)
     found = {}
     for key in case.providers:
         build(tiny, key).run()

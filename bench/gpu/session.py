@@ -27,8 +27,10 @@ SECTIONS = {
     "micro": 0.2,
     "tests": 0.3,
     "sanitizer": 0.1,
-    "rows": 1.0,
-}  # share of all the time, of what is left for the last
+    "rows": 0.5,
+    "layers": 1.0,
+}  # share of all the time; of what is left for those of SUITES, of which the last that was asked for has it all
+SUITES = {"rows": "recurrent-gpu", "layers": "layers-gpu"}
 GRACE = 5.0  # seconds between asking a process to end and ending it
 QUIET = 100.0  # seconds without a word after which a process hangs
 RESTARTS = 12
@@ -54,9 +56,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--quick", action="store_true", help="fewer parts, and rows with short budgets")
     p.add_argument("--filter", action="append", default=[], metavar="REGEX", help="rows whose name or heading matches")
-    p.add_argument("--variants", action="store_true", help="ours by every kind of plan in every row")
+    p.add_argument("--variants", action="store_true", help="ours by every kind of plan or tile in every row")
     p.add_argument(
-        "--try", action="append", default=[], dest="tries", metavar="PICK", help="and by this one: exchange=grid,C=8"
+        "--try",
+        action="append",
+        default=[],
+        dest="tries",
+        metavar="PICK",
+        help="and by this one: exchange=grid,C=8; forward.BM=64,forward.warps=4",
     )
     p.add_argument("--anew", action="store_true", help="measure again what the folder already holds")
     return p.parse_args(argv)
@@ -174,23 +181,24 @@ def micro(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
     return again("micro", command, end, folder, path)
 
 
-def rows(o: argparse.Namespace, end: float, folder: Path) -> list[Outcome]:
-    path = folder / "recurrent-gpu.json"
-    files = ["--json", str(path), "--micro", str(folder / "micro.json")]
-    command = [sys.executable, "bench/run.py", "recurrent-gpu", "--resume", *files]
+def rows(o: argparse.Namespace, end: float, folder: Path, section: str = "rows") -> list[Outcome]:
+    path = folder / f"{SUITES[section]}.json"
+    files = ["--json", str(path), *(["--micro", str(folder / "micro.json")] if section == "rows" else [])]
+    command = [sys.executable, "bench/run.py", SUITES[section], "--resume", *files]
     command += ["--budget", "0.4" if o.quick else "1.0", "--repeat", "3"]
     command += ["--variants"] * o.variants + ["--quick"] * o.quick
     for name, values in (("--filter", o.filter), ("--try", o.tries)):
         command += [word for value in values for word in (name, value)]
-    return again("rows", command, end, folder, path, timed=True)
+    return again(section, command, end, folder, path, timed=True)
 
 
 def tables(folder: Path) -> None:
     """Pages and pictures of what the folder holds."""
     from bench import table
 
-    path = folder / "recurrent-gpu.json"
-    if path.exists():
+    for path in (folder / f"{suite}.json" for suite in SUITES.values()):
+        if not path.exists():
+            continue
         report = json.loads(path.read_text())
         pictures: list[str] = []
         if importlib.util.find_spec("matplotlib") is not None:
@@ -220,14 +228,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = (o.folder or ROOT / "bench" / "results" / there.stdout.split()[-1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if o.anew:
-        for name in ("micro.json", "recurrent-gpu.json"):
+        measured = [f"{SUITES[section]}.json" for section in o.only or SUITES if section in SUITES]
+        for name in ("micro.json", *measured):
             (folder / name).unlink(missing_ok=True)
     chosen = o.only or list(SECTIONS)
     done = [run("environment", [sys.executable, "-m", "bench.gpu.device"], 60, folder)]
     for section, share in SECTIONS.items():
-        seconds = min(end - time.monotonic(), share * 60 * o.minutes)
         if section not in chosen:
             continue
+        seconds = min(end - time.monotonic(), share * 60 * o.minutes)
+        if section in SUITES:
+            last = section == [s for s in SUITES if s in chosen][-1]
+            seconds = (end - time.monotonic()) * (1 if last else share)
         if seconds < 10:
             done.append(Outcome(section, 0.0, "no time left", False))
             continue
@@ -239,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif section == "sanitizer":
             done += sanitizer(seconds, folder)
         else:
-            done += rows(o, end, folder)
+            done += rows(o, time.monotonic() + seconds, folder, section)
     print("\n== tables", flush=True)
     if (folder / "micro.json").exists():
         run("constants", [sys.executable, "-m", "bench.gpu.floor", str(folder / "micro.json")], 30, folder)

@@ -14,8 +14,9 @@ import torch
 
 from bench.agreement import Disagreement, agree
 from bench.cases import Case, Target
-from bench.gpu import device, peers
+from bench.gpu import device, layer_peers, layer_rows, peers
 from bench.gpu.rows import VARIANTS
+from bench.layers import Layer
 from bench.measure import interleaved
 from bench.providers import Provider, build
 from bench.report import fill
@@ -42,14 +43,21 @@ def accompanied(case: Case, o: argparse.Namespace) -> Case:
     """The row with everybody else who is to be timed: other plans of ours, other packages."""
     if case.device == "cpu" or case.kind != "time":
         return case
-    picks = [*(VARIANTS if o.variants else ()), *o.tries]
-    more = [*(f"ours:{pick}" for pick in picks), *peers.available(case)]
+    if isinstance(case, Layer):
+        more = layer_rows.picked(case, o.variants, o.tries)
+    else:
+        picks = [*(VARIANTS if o.variants else ()), *o.tries]
+        more = [*(f"ours:{pick}" for pick in picks), *peers.available(case)]
     targets = tuple(Target(key) for key in more)
     return replace(case, providers=(*case.providers, *more), targets=(*case.targets, *targets))
 
 
 def begin(o: argparse.Namespace) -> dict[str, Any]:
     """What a report begins with: the machine, its parts and its limits."""
+    if o.suite == "layers-gpu":
+        from bench.gpu import ceilings
+
+        return {"machine": device.describe(), "limits": ceilings.limits(), "micro": {"machine": {}, "records": []}}
     from bench.gpu import micro
 
     if o.micro and o.micro.exists():
@@ -79,11 +87,12 @@ def along(row: dict[str, Any], case: Case, key: str, seen: dict[Case, dict[str, 
     """One of those who are timed along: built, right, and run once. Any of that may fail.
 
     Ours has to be as exact as torch by every plan; another package that is not is timed all the same, and the row says so."""
-    if key.startswith("ours:") or key in peers.PEERS:
+    others = (*peers.PEERS, *layer_peers.OTHERS)
+    if key.startswith("ours:") or key in others:
         try:
             agree(replace(case, providers=(key, "loop" if "compiled" in case.providers else "torch")), seen)
         except Disagreement as e:
-            if key not in peers.PEERS:
+            if key not in others:
                 raise
             row["looser"][key] = str(e)
     provider = build(case, key)
@@ -108,6 +117,8 @@ def _measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[
     import gradkernels
 
     with products(case):
+        if isinstance(case, Layer):
+            torch.compiler.reset()  # after some shapes of one function torch would compile no more of it
         row["agreement"] = agree(case, seen)
         if case.kind == "memory":
             fill(row, device.memory(case))
@@ -123,6 +134,8 @@ def _measure(row: dict[str, Any], case: Case, o: argparse.Namespace, seen: dict[
         calls = [p.run for p in found.values()]
         spreads, row["rounds"], row["dropped"] = interleaved(calls, o.budget, o.repeat, o.wait, watch=device.Events())
         fill(row, dict(zip(found, spreads)))
+        if isinstance(case, Layer):
+            layer_rows.best(row, case)
         row["algorithm"] = found[row["peer"]].algorithm() if row["peer"].startswith("torch") else None
         found[row["subject"]].run()
         row["backend"] = gradkernels.backends.last()
@@ -145,6 +158,8 @@ def measures(row: dict[str, Any], case: Case, limits: dict[str, Any], micro: dic
     """What a row says of its own time: operations a second, microseconds a step, the floor and our share of it."""
     if case.kind != "time":
         return {}
+    if isinstance(case, Layer):
+        return layer_rows.measures(row, case, limits)
     from bench.gpu.floor import floor
 
     ours = row["results"][row["subject"]]["median"]

@@ -114,22 +114,34 @@ def sections(monkeypatch):
 def test_everything_in_order_within_the_time(sections, tmp_path, capsys):
     assert session.main([str(tmp_path)]) == 0
     names = [name for name, *_ in sections]
-    assert names == ["environment", "micro", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "rows"]
+    assert names == ["environment", "micro", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "rows", "layers"]
     limits = {name: seconds for name, _, seconds in sections}
     assert (
         limits["micro"] + limits["tests"] + 2 * limits["sanitizer-memcheck"] < 0.65 * 60 * 8.7
-        and limits["rows"] < 60 * 9
+        and limits["rows"] < 60 * 4.5 < limits["layers"] < 60 * 9
     )
+    suites = [c[2] for name, c, _ in sections if name in session.SUITES]
+    assert suites == ["recurrent-gpu", "layers-gpu"]
     command = next(c for name, c, _ in sections if name == "tests")
     assert command[1:6] == ["-m", "pytest", "-m", "gpu", "-q"]
-    assert [d["said"] for d in json.loads((tmp_path / "session.json").read_text())] == ["fine"] * 6
+    assert [d["said"] for d in json.loads((tmp_path / "session.json").read_text())] == ["fine"] * 7
     assert f"everything is in {tmp_path}" in capsys.readouterr().out
 
 
 def test_only_some_sections(sections, tmp_path):
     session.main([str(tmp_path), "--only", "rows", "--only", "micro", "--quick"])
     assert [name for name, *_ in sections] == ["environment", "micro", "rows"]
-    assert sections[1][1][-1] == "--quick"
+    assert sections[1][1][-1] == "--quick" and sections[2][2] > 60 * 8, "the last of the suites has all that is left"
+
+
+def test_layers_alone(sections, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(session, "again", lambda section, command, end, *_, **__: commands.append(command) or [])
+    session.main([str(tmp_path), "--only", "layers", "--try", "BM=64", "--anew"])
+    (command,) = commands
+    options = bench_run.arguments(command[2:])
+    assert options.suite == "layers-gpu" and options.resume and options.tries == ["BM=64"] and options.micro is None
+    assert options.json == tmp_path / "layers-gpu.json"
 
 
 def test_missing_tools_are_named_and_no_failure(sections, tmp_path, monkeypatch, capsys):
@@ -144,7 +156,7 @@ def test_missing_tools_are_named_and_no_failure(sections, tmp_path, monkeypatch,
 def test_sections_that_come_too_late_are_named(sections, tmp_path, capsys):
     assert session.main([str(tmp_path), "--minutes", "0.2"]) == 0
     assert [name for name, *_ in sections] == ["environment"]
-    assert capsys.readouterr().out.count("no time left") == 4
+    assert capsys.readouterr().out.count("no time left") == 5
 
 
 def test_tables_of_what_there_is(sections, tmp_path, gpu_report, capsys):
