@@ -35,6 +35,9 @@ class LayerNorm(nn.LayerNorm):
                 f"Given normalized_shape={list(self.normalized_shape)}, expected input with shape "
                 f"[*, {', '.join(map(str, self.normalized_shape))}], but got input of size{list(input.shape)}"
             )
+        if k == 1:  # as it is: three views less to make, and to go back through
+            norm: Tensor = residual_norm(input, None, self.weight, self.bias, eps=self.eps, prenorm=False)
+            return norm
         x = input.reshape(*input.shape[: input.dim() - k], math.prod(self.normalized_shape))
         weight, bias = (None if v is None else v.flatten() for v in (self.weight, self.bias))
         y: Tensor = residual_norm(x, None, weight, bias, eps=self.eps, prenorm=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradkernels import backends
 from gradkernels.ops._fused_checks import check_dense, check_made, check_need
-from gradkernels.ops._fused_functions import apply, cut, differentiable, functions, nothing
+from gradkernels.ops._fused_functions import apply, cut, differentiable, filled, functions, nothing
 from gradkernels.ops._recurrent_op import direct
 
 lib = torch.library.Library("gradkernels", "FRAGMENT")
@@ -132,7 +132,9 @@ class Fused:
         if torch.compiler.is_compiling():
             return self.backward_op(*grads, *tensors, *outputs, need, *how, backend)
         if direct((*grads, *tensors, *outputs)):
-            return self._backward_op(*grads, *tensors, *outputs, need, *how, backend)
+            options = dict(zip(self.options, how))
+            self._check_backward(grads, tensors, outputs, need, options)
+            return self._backward_kernel(grads, tensors, outputs, need, options, backend)
         with torch._C._AutoDispatchBelowAutograd():
             return self.backward_op(*grads, *tensors, *outputs, need, *how, backend)
 
@@ -145,7 +147,8 @@ class Fused:
     def _forward_op(self, *args):
         n = len(self.tensors)
         tensors, options = args[:n], dict(zip(self.options, args[n:-1]))
-        self._check_inputs(tensors, options)
+        check_dense(self.tensors, tensors, self.required)
+        self.check(*tensors, **options)
         return self._forward_kernel(tensors, options, args[-1])
 
     def _forward_kernel(self, tensors, options, backend):
@@ -154,12 +157,8 @@ class Fused:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return module.forward(*tensors, **options)
 
-    def _check_inputs(self, tensors, options):
-        check_dense(self.tensors, tensors, self.required)
-        self.check(*tensors, **options)
-
     def _check_backward(self, grads, tensors, outputs, need, options):
-        self._check_inputs(tensors, options)
+        self.check(*tensors, **options)
         check_need(self.tensors, tensors, need)
         if all(g is None for g in grads):
             names = " or ".join(self.grad_names)
@@ -175,11 +174,17 @@ class Fused:
 
     def _backward_op(self, *args):
         grads, tensors, outputs, need, options, backend = self._split(args)
+        check_dense(self.tensors, tensors, self.required)
+        check_dense(self.grad_names, grads)
+        check_dense(self.output_names, outputs)
         self._check_backward(grads, tensors, outputs, need, options)
+        return filled(self._backward_kernel(grads, tensors, outputs, need, options, backend), tensors[0])
+
+    def _backward_kernel(self, grads, tensors, outputs, need, options, backend):
+        """Runs a backend; everything has been checked. None for what is not needed."""
         module = self._module(backend, tensors, options)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            got = module.backward(grads, tensors, outputs, need, **options)
-        return tuple(nothing(tensors[0]) if g is None else g for g in got)
+            return module.backward(grads, tensors, outputs, need, **options)
 
     def _empty(self, *tensors, **options):
         return tuple(tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in self.made(*tensors, **options))

@@ -7,6 +7,7 @@ beside it; here is what holds for all of them. After both nothing can be read ou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -35,13 +36,13 @@ def check_dropout(p: float, seed: Tensor | None, first: str, x: Tensor) -> None:
         raise RuntimeError(f"seed must be int64 [1], got {seed.dtype} {list(seed.shape)}")
 
 
-def check_dense(names: Sequence[str], tensors: Sequence[Tensor | None], required: Sequence[bool]) -> None:
+def check_dense(names: Sequence[str | None], tensors: Sequence[Tensor | None], required: Sequence[bool] = ()) -> None:
     """Memory with strides: other layouts have their own ideas of an address."""
-    for name, v, needed in zip(names, tensors, required):
+    for name, v, needed in itertools.zip_longest(names, tensors, required):
         if v is None:
             if needed:
                 raise TypeError(f"{name} must be a tensor, got None")
-        elif v.layout is not torch.strided:
+        elif name is not None and v.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got layout {v.layout} of shape {list(v.shape)}")
 
 
@@ -60,8 +61,6 @@ def check_made(
             wrong_shape(name, v, shape, first, x)
         if v.dtype is not dtype:
             raise RuntimeError(f"{name} must have the dtype {dtype} beside {first} {x.dtype}, got {v.dtype}")
-        if v.layout is not torch.strided:
-            raise TypeError(f"{name} must be dense, got layout {v.layout} of shape {list(v.shape)}")
         check_device(name, v, first, x)
 
 

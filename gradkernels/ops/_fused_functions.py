@@ -19,6 +19,10 @@ def nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def filled(results, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(nothing(like) if v is None else v for v in results)
+
+
 def cut(values, n):
     """The first n and the others, of tensors that may be unpacked only once."""
     return values[:n], values[n:]
@@ -105,9 +109,9 @@ def functions(op: Fused):
         @staticmethod
         def forward(how, *tensors):
             need, options, backend = how
-            return tuple(
-                op.run_backward(tensors[:r], tensors[r : r + n], tensors[r + n :], list(need), options, backend)
-            )
+            inputs = tensors[r : r + n]
+            got = op.run_backward(tensors[:r], inputs, tensors[r + n :], list(need), options, backend)
+            return filled(got, inputs[0])
 
         @staticmethod
         def setup_context(ctx, inputs, output):

@@ -181,6 +181,11 @@ def test_what_may_not_be_left_out(op, name, backend):
             call(op, backend, **{name: None})
 
 
+def test_gradients_in_another_layout(backend):
+    with pytest.raises(TypeError, match="d_y must be dense, got layout torch.sparse_coo of shape"):
+        backward("causal_conv1d", backend, d_y=torch.ones(2, 7, 4).to_sparse())
+
+
 def test_saved_tensors_that_a_hook_changed(backend):
     """What hooks make of saved tensors comes to backward past the public function."""
     from gradkernels.ops import residual_norm
