@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cell_rows import CellRow
+from gradkernels.cells import Cell
 
 States = tuple[Tensor, ...]
 
@@ -136,7 +137,25 @@ STEPS: dict[str, Callable[..., States]] = {
         leaky,
     )
 }
-STATES = {"lstm": 2, "lstm_no_forget": 2, "lstm_coupled": 2, "lstm_peephole": 2, "lstm_layer_norm": 2, "slstm": 4}
+
+
+def step_of(c: Cell) -> Callable[..., States]:
+    """The step above, or, of a cell that nobody has written there, the operations of its own text."""
+    if c.name in STEPS:
+        return STEPS[c.name]
+
+    def step(w: Weights, x: Tensor, *s: Tensor) -> States:
+        gates, H = x.chunk(c.G, 1), s[0].shape[1]
+        p = [row for text, _, _ in c.params for row in getattr(w, text).reshape(-1, H)]
+        values = s, *([p] if p else [])
+        r = list(product(w, s[0]).chunk(c.G, 1)) if c.recurrent else [torch.zeros_like(s[0])] * c.G
+        if c.second:
+            v = c.operand(gates, r, *values)
+            for k in c.second:
+                r[k] = F.linear(v, w.weight_hh[k * H : (k + 1) * H], w.bias_hh[k * H : (k + 1) * H])
+        return c.forward(gates, r, *values)[0]
+
+    return step
 
 
 # ------------------------------------------------------------ loops
@@ -147,7 +166,8 @@ class Loop(nn.Module):
 
     def __init__(self, layer: nn.Module, case: CellRow, compiled: bool) -> None:
         super().__init__()
-        self.weights, self.case = Weights(layer), case
+        self.weights, self.case, cell = Weights(layer), case, case.definition()
+        self.step, self.states = step_of(cell), cell.S
         self.advance = torch.compile(self.one, dynamic=False) if compiled else self.one
 
     def named_parameters(self, *args, **kwargs):
@@ -157,7 +177,7 @@ class Loop(nn.Module):
 
     def one(self, x: Tensor, mask: Tensor | None, *states: Tensor) -> States:
         h, case = states[0], self.case
-        found = STEPS[case.cell](self.weights, x, h if mask is None else h * mask, *states[1:])
+        found = self.step(self.weights, x, h if mask is None else h * mask, *states[1:])
         return tuple(zoned(a, b, case.zoneout, self.training) for a, b in zip(states, found)) if case.zoneout else found
 
     def gates(self, x: Tensor) -> Tensor:
@@ -173,7 +193,7 @@ class Loop(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | States]:  # x [T, B, I]
         case = self.case
         zeros = x.new_zeros(x.shape[1], case.H)
-        states = (zeros,) * STATES.get(case.cell, 1)
+        states = (zeros,) * self.states
         mask = F.dropout(torch.ones_like(zeros), case.variational, self.training) if case.variational else None
         outputs: list[Tensor] = []
         for gates in self.gates(x):

@@ -24,6 +24,15 @@ COMPARED = (
     3 * WINDOW + 1
 )  # steps of a long sequence that are held against torch's: some windows, and one that is not full
 OWN = "leaky"  # the README's
+ELSEWHERE = (
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "gru_reset_before",
+    "rnn_sigmoid",
+)  # torch's, and the suite `recurrent`'s
+PLAIN = {1: "rnn_tanh", 2: "gru", 3: "gru"}  # by gates: what a cell that is not named below is held against; else lstm
 NEAR = 1 / 1.25  # of the plain cell's speed, where it is asked
 
 
@@ -82,7 +91,9 @@ class CellRow(Case):
 
 
 def cell_rows() -> list[Case]:
-    """Every row for the CPU."""
+    """Every row for the CPU. A cell that comes to the registry has rows without being named here."""
+    from gradkernels.cells import CELLS
+
     found: list[Case] = []
 
     def add(
@@ -107,6 +118,11 @@ def cell_rows() -> list[Case]:
     add("other cells", "indrnn", "rnn_tanh")
     add("other cells", "rnn_modrelu", "rnn_tanh")
     add("other cells", "rnn_additive", "rnn_tanh")
+    listed = {*ELSEWHERE, *(case.cell for case in found)}
+    for c in CELLS.values():
+        if c.name not in listed:
+            plain = PLAIN.get(c.G, "lstm")
+            add("other cells", c.name, plain, gates=c.G / CELLS[plain].G)
     add("inside the step", "lstm", "lstm", NEAR, one=True, zoneout=0.1)
     add("inside the step", "lstm", "lstm", variational=0.25)
     # not of a GRU: both of its paths from one h to the next have weights near 1, and numbers grow by 1.2 a step

@@ -301,7 +301,8 @@ def with_options(row: Row) -> str:
         f"skip {row['skip']}" * bool(row["skip"]),
         f"{len(row['periods'])} time scales" * bool(row["periods"]),
     ]
-    return ", ".join([f"{TITLES[row['cell']]}  {shape(row)}", *filter(None, more)])
+    title = TITLES.get(row["cell"], row["cell"].replace("_", " "))
+    return ", ".join([f"{title}  {shape(row)}", *filter(None, more)])
 
 
 def cells(report: dict[str, Any]) -> Figure | None:

@@ -36,8 +36,7 @@ def test_names_are_unique_and_survive_json():
 
 
 def test_every_cell_that_torch_lacks_has_both_modes():
-    elsewhere = {"lstm", "gru", "rnn_tanh", "rnn_relu", "gru_reset_before", "rnn_sigmoid"}
-    for cell in {*cells.CELLS} - elsewhere:
+    for cell in {*cells.CELLS} - {*cell_rows.ELSEWHERE}:
         assert {c.mode for c in ALL if c.cell == cell} == {"inference", "training"}, cell
 
 
@@ -108,6 +107,18 @@ def test_masks_are_drawn_in_training_alone(options, key):
         provider = providers.build(case, key)
         first, second = (provider.call(provider.x)[0] for _ in range(2))
         assert torch.equal(first, second) is not drawn
+
+
+@pytest.mark.parametrize("cell", ["lstm_peephole", "mgu", "indrnn"])
+def test_a_cell_without_a_loop_has_one_of_its_own_text(cell, monkeypatch):
+    """With parameters of units, with a second product, and without any."""
+    layer = cell_rows.ours(CellRow("g", cell, "training", 4, 3, 8, backend="reference"))
+    w, c = cell_loops.Weights(layer), cells.get(cell)
+    values = torch.randn(3, c.G * 8), *(torch.randn(3, 8) for _ in range(c.S))
+    written = cell_loops.STEPS[cell](w, *values)
+    monkeypatch.delitem(cell_loops.STEPS, cell)
+    for ours, theirs in zip(cell_loops.step_of(c)(w, *values), written, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_wrong_loop_is_caught(monkeypatch):
