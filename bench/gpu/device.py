@@ -144,6 +144,8 @@ def memory(case: Case) -> dict[str, Spread]:
     for key in case.providers:
         build(tiny, key).run()
         provider = build(case, key)
+        if isinstance(case, Layer):
+            provider.run()  # the outputs' gradient is drawn
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

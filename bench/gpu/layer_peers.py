@@ -59,9 +59,9 @@ class Run:
 
     def gradients(self, outputs: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, ...]:
         if self.dy is None:
-            draw = torch.Generator().manual_seed(1)
+            draw = torch.Generator(self.case.device).manual_seed(1)
             rounded = getattr(torch, self.case.dtype)  # for the truth in fp64 too
-            self.dy = [torch.randn(y.shape, generator=draw).to(rounded).to(y) for y in outputs]
+            self.dy = [torch.randn(y.shape, generator=draw, device=y.device).to(rounded).to(y) for y in outputs]
         return torch.autograd.grad(outputs, list(self.tensors.values()), self.dy, retain_graph=keep)
 
     def run(self) -> None:
@@ -103,9 +103,9 @@ class Run:
 
 
 def tensors(case: Layer) -> dict[str, Tensor]:
-    """Of a row, in fp32 on the CPU, but for what a block has of parameters."""
-    draw = torch.Generator().manual_seed(2)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)
+    """Of a row, in fp32, but for what a block has of parameters. Drawn on the device: on the CPU that takes longer than the row."""
+    draw = torch.Generator(case.device).manual_seed(2)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, device=case.device)
     T, B, H = case.T, case.B, case.H
     if case.cell == "attention":  # as a projection leaves them: heads of a token side by side
         return {name: normal(B, T, case.heads, H // case.heads).transpose(1, 2) for name in "qkv"}
@@ -273,7 +273,8 @@ class Turned(Run):
     def gradients(self, outputs: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, ...]:
         if self.dy is None:  # the same numbers as ours gets, which are drawn with channels last
             (y,) = outputs
-            dy = torch.randn(y.transpose(1, 2).shape, generator=torch.Generator().manual_seed(1))
+            draw = torch.Generator(self.case.device).manual_seed(1)
+            dy = torch.randn(y.transpose(1, 2).shape, generator=draw, device=y.device)
             self.dy = [dy.to(getattr(torch, self.case.dtype)).to(y).transpose(1, 2).contiguous()]
         return super().gradients(outputs, keep)
 

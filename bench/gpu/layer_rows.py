@@ -32,24 +32,24 @@ def layer(group: str, cell: str, mode: str, T: int, B: int, H: int, **more: Any)
 def attention(T: int, D: int, mode: str, flex: bool = False, **more: Any) -> Layer:
     p, causal = more.get("dropout", 0.0), more.get("causal", True)
     best = 1.5 if p else 1.0 if D == 64 and T <= 2048 else None
-    targets = [Target("torch"), Target("best", best), Target("limit")]
+    beside = [key for key in layer_peers.SDPA if key != "sdpa_math" or T <= SQUARE]
+    beside += ["flash_attn", *["flex"] * (flex and not p)]
+    targets = [Target("torch"), Target("best", best), Target("limit"), *map(Target, beside)]
     if D == 128 and T == 4096 and causal and not p and "dtype" not in more:
         targets.append(Target("rate", TFLOPS[mode]))
-    named = [key for key in layer_peers.SDPA if key != "sdpa_math" or T <= SQUARE]
-    others = ("flash_attn", *["flex"] * (flex and not p))
     group = "attention with dropout on a gpu" if p else "attention on a gpu"
     return layer(
         group, "attention", mode, T, TOKENS // T, WIDTH, heads=WIDTH // D,
-        providers=("ours", "torch", *named, *others), targets=tuple(targets), **more,
+        providers=("ours", "torch", *beside), targets=tuple(targets), **more,
     )  # fmt: skip
 
 
 def norm(N: int, mode: str, cell: str, **more: Any) -> Layer:
     wanted = COPY[mode] if cell == "residual norm" and more.get("dropout") else None
-    others = ("flash_attn",) if cell == "residual norm" else ("flash_attn", "liger")
+    beside = ("torch_compile", "flash_attn", *(() if cell == "residual norm" else ("liger",)))
     return layer(
-        "norms on a gpu", cell, mode, VALUES // N // 8, 8, N, providers=("ours", "torch", "torch_compile", *others),
-        targets=(Target("torch"), Target("torch_compile"), Target("limit", wanted)), **more,
+        "norms on a gpu", cell, mode, VALUES // N // 8, 8, N, providers=("ours", "torch", *beside),
+        targets=(Target("torch"), Target("limit", wanted), *map(Target, beside)), **more,
     )  # fmt: skip
 
 

@@ -57,19 +57,18 @@ def layers(report: dict[str, Any]) -> list[Figure | None]:
     rows = sorted(drawable(report), key=order)
     timed = [{**r, "mode": MODE.get(r["mode"], r["mode"])} for r in rows if r["kind"] == "time"]
     panel = lambda title, group, against=None: Panel(title, bars(of(timed, group), layered, against))
+    heads = lambda D: [r for r in of(timed, "attention on a gpu") if r["H"] // r["heads"] == D]
     speed = [
+        [Panel(f"Attention, heads of {D}, against SDPA's fastest", bars(heads(D), layered, "best")) for D in (64, 128)],
         [
-            panel("Attention, against SDPA's fastest", "attention on a gpu", "best"),
             panel("With dropout, against SDPA's fastest", "attention with dropout on a gpu", "best"),
+            panel("The whole block, against torch.compile", "blocks on a gpu", "torch_compile"),
         ],
         [
             panel("Residual + norm, against eager torch", "norms on a gpu"),
             panel("Residual + norm, against torch.compile", "norms on a gpu", "torch_compile"),
         ],
-        [
-            panel("The whole block, against torch.compile", "blocks on a gpu", "torch_compile"),
-            panel("Dilated causal convolution", "convolution on a gpu"),
-        ],
+        [panel("Dilated causal convolution", "convolution on a gpu")],
     ]
     shares = lambda *cells: [
         Bar(layered(r), r["mode"], r["share"], None) for r in timed if r["cell"] in cells and r["share"]
@@ -80,13 +79,18 @@ def layers(report: dict[str, Any]) -> list[Figure | None]:
             Panel("The floor over our time, attention", shares("attention")),
             Panel("The floor over our time, the others", shares(*OTHERS)),
         ],
-        [Panel("Peak memory of training", bars(memory, lambda r: f"{r['cell']}  {layered(r)}"))],
+        [
+            Panel(
+                "Peak memory of training",
+                bars(memory, lambda r: layered(r) if r["cell"] in OTHERS else f"{r['cell']}, {layered(r)}"),
+            )
+        ],
     ]
     note = "Times as fast, taken side by side. Dark: backward, in blocks forward and backward. Labels: tokens of a sequence, or width; bf16."
     title = "Attention, norms and convolution on the GPU"
     floor = f"The floor: bench/gpu/layer_rows.py.\n{where(report)}"
     return [
-        compose(speed, title, f"{note}\n{where(report)}", apart=range(3)),
+        compose(speed, title, f"{note}\n{where(report)}", apart=range(4)),
         compose(rest, "Floors and memory", floor, apart=range(2)),
     ]
 

@@ -139,6 +139,7 @@ def test_the_best_backend_is_the_fastest_by_name():
     assert made["results"]["best"]["label"] == "SDPA, the fastest backend: cudnn"
     assert reports.short(made) == ["0.90x SDPA, the fastest backend, 1.00x asked"]
     none = {**made, "results": {k: v for k, v in made["results"].items() if not k.startswith("sdpa") and k != "best"}}
+    none["absent"] = dict.fromkeys(layer_peers.SDPA, "RuntimeError: no available kernel")
     layer_rows.best(none, case)
     reports.judge(none, case, LIMITS, [])
     assert "best" in none["absent"] and "best" not in {r["against"] for r in none["ratios"]}
