@@ -20,18 +20,11 @@ if TYPE_CHECKING:
 BATCH, ONE = (128, 32, 256), (128, 1, 256)  # T, B, H
 LONG = (20000, 1, 256)
 WINDOW = 128  # of steps that are computed again: about the root of 20000
-COMPARED = (
-    3 * WINDOW + 1
-)  # steps of a long sequence that are held against torch's: some windows, and one that is not full
+# steps of a long sequence that are held against torch's: some windows, and one that is not full
+COMPARED = 3 * WINDOW + 1
 OWN = "leaky"  # the README's
-ELSEWHERE = (
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-    "gru_reset_before",
-    "rnn_sigmoid",
-)  # torch's, and the suite `recurrent`'s
+# torch's, and those of the suite `recurrent`
+ELSEWHERE = ("lstm", "gru", "rnn_tanh", "rnn_relu", "gru_reset_before", "rnn_sigmoid")
 PLAIN = {1: "rnn_tanh", 2: "gru", 3: "gru"}  # by gates: what a cell that is not named below is held against; else lstm
 NEAR = 1 / 1.25  # of the plain cell's speed, where it is asked
 
