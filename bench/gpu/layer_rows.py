@@ -31,7 +31,7 @@ def layer(group: str, cell: str, mode: str, T: int, B: int, H: int, **more: Any)
 
 def attention(T: int, D: int, mode: str, flex: bool = False, **more: Any) -> Layer:
     p, causal = more.get("dropout", 0.0), more.get("causal", True)
-    best = 1.5 if p else 1.0 if D == 64 and T <= 2048 else None
+    best = None if more.get("dtype") == "float32" else 1.5 if p else 1.0 if D == 64 and T <= 2048 else None
     beside = [key for key in layer_peers.SDPA if key != "sdpa_math" or T <= SQUARE]
     beside += ["flash_attn", *["flex"] * (flex and not p)]
     targets = [Target("torch"), Target("best", best), Target("limit"), *map(Target, beside)]
@@ -45,7 +45,7 @@ def attention(T: int, D: int, mode: str, flex: bool = False, **more: Any) -> Lay
 
 
 def norm(N: int, mode: str, cell: str, **more: Any) -> Layer:
-    wanted = COPY[mode] if cell == "residual norm" and more.get("dropout") else None
+    wanted = COPY[mode] if cell == "residual norm" and more.get("dropout") and "dtype" not in more else None
     beside = ("torch_compile", "flash_attn", *(() if cell == "residual norm" else ("liger",)))
     return layer(
         "norms on a gpu", cell, mode, VALUES // N // 8, 8, N, providers=("ours", "torch", *beside),

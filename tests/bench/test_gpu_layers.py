@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench import agreement, cases, providers, run, table
 from bench import report as reports
 from bench.cases import Case, Target
-from bench.gpu import ceilings, device, layer_peers, layer_picks, layer_rows, suite
+from bench.gpu import device, layer_peers, layer_picks, layer_rows, suite
 from bench.layers import Layer
 from bench.measure import HostWatch
 from tests.bench.made_up import GPU, around
@@ -292,6 +292,7 @@ def test_a_row_from_end_to_end(on_cpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "dead", lambda: None)
     monkeypatch.setattr(device, "Events", type("Watch", (HostWatch,), {}))
     monkeypatch.setattr(device, "describe", lambda: GPU)
+    ceilings = pytest.importorskip("bench.gpu.ceilings", reason="needs Triton", exc_type=ImportError)
     monkeypatch.setattr(ceilings, "limits", lambda: LIMITS)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     path, threads = tmp_path / "layers-gpu.json", torch.get_num_threads()
@@ -404,11 +405,13 @@ def test_tiles_are_as_picked_and_then_as_before(monkeypatch):
         pass
 
 
-def test_large_products_of_heads_are_made_of_tiles():
+def test_the_kernel_of_products_compiles():
     """The kernel's source compiles for the GPU it is meant for: nothing runs it here."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from bench.gpu import ceilings
 
     if isinstance(ceilings.products_of_heads, triton.runtime.interpreter.InterpretedFunction):
         q, k = torch.randn(128, 64), torch.randn(ceilings.KEYS, 64)
