@@ -5,7 +5,7 @@ A new cell of the package is one file here and one line in the registry.
 
 import difflib
 
-from . import gru, indrnn, layer_norm, lstm, lstm_variants, mgu, rnn, rnn_variants, slstm
+from . import gru, indrnn, layer_norm, lstm, lstm_variants, mgu, rnn, rnn_variants, slstm, ugrnn
 from .bind import Cell
 from .derive import cell
 
@@ -30,6 +30,7 @@ CELLS: dict[str, Cell] = {
         indrnn.indrnn,
         rnn_variants.rnn_modrelu,
         cell(rnn_variants.rnn_additive),
+        cell(ugrnn.ugrnn),
     )
 }
 
