@@ -52,6 +52,7 @@ struct ExtraArgs {
 struct ForwardArgs {
   Walk walk;
   Team team;
+  ExtraArgs extra;
   const void *gates;             // [N, G * H] input pre-activations
   const void *w_hh, *b_hh;       // [G * H, H]; [G * H] or null
   const void *state[max_states]; // [B, H] entering
@@ -63,6 +64,7 @@ struct ForwardArgs {
 struct BackwardArgs {
   Walk walk;
   Team team;
+  ExtraArgs extra;
   const void *w_hh;               // [G * H, H]
   const void *acts;               // [N, A, H]
   const void *seq[max_states];    // [N, H]
@@ -74,6 +76,7 @@ struct BackwardArgs {
   void *operand;                  // [N, H] what the second products were taken of; null where the cell has none
   void *dstate[max_states];       // [B, H]
   double *norms;                  // [T, blocks, S] squared norms of the states' adjoints, zero at launch; null
+  void *dparams;                  // [N, P * H] of each token, or null
 };
 
 // One step of the walk, for the kernels of step.cuh: products are matrix products of the host's between their launches.

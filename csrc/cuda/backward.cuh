@@ -11,7 +11,7 @@
 // A warp runs the cells of items, octets of units by n-tiles of rows: lane l has unit l / 4 for rows 2 (l % 4) and the
 // next, just as an mma leaves them. Of each row it reads and writes 8 units side by side, so any H will do.
 #pragma once
-#include "cells.cuh"
+#include "extras.cuh"
 #include "transposed.cuh"
 
 namespace gk {
@@ -19,9 +19,10 @@ namespace gk {
 template <class Cell, class X, Exchange exchange, int C, int H, int U, int N, int WM, int WK, int KEPT, int IN_SHARED,
           bool NORMS>
 struct Backward {
-  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q,
+  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, P = Cell::P,
                        FIRST = G - Q; // gates of the state's product
   static constexpr int WARPS = WM * WK, OCTETS = U / 8, ITEMS = OCTETS * N / 8, SLOTS = (ITEMS + WARPS - 1) / WARPS;
+  static_assert(Cell::D == 0 && !Cell::means && Cell::recurrent, "those go step by step");
   static_assert(U % 8 == 0 && N % 8 == 0 && (C == 1 || C % 2 == 0), "tiles must fit");
 
   template <int GATE, int GATES, int AT>
@@ -47,6 +48,7 @@ private:
   Second second;
   int row0;                                  // of the tile
   int column[SLOTS][2];                      // of this lane's rows
+  float params[SLOTS][P ? P : 1];            // of this lane's units
   float ds[SLOTS][2][S];                     // adjoints of the states after the step at hand
   X acts[SLOTS][2][A + 1];                   // of the step at hand: kept values,
   X before[SLOTS][2][S], after[SLOTS][2][S]; // states that it found and left,
@@ -114,15 +116,20 @@ private:
   }
   struct Values {
     float a[A + 1], s[S], t[S], dt[S];
+    Extras<Cell> extras;
   };
-  GK_DEVICE Values values(int slot, int j) const {
+  GK_DEVICE Values values(const Step &now, int slot, int j) const {
     Values v;
+    GK_UNROLL for (int k = 0; k < P; k++) v.extras.p[k] = params[slot][k];
+    GK_UNROLL for (int k = 0; k < Cell::M; k++) v.extras.m[k] =
+        drawn<X>(p.extra, k, now.token + column[slot][j], column[slot][j], unit(slot));
     GK_UNROLL for (int k = 0; k < A; k++) v.a[k] = to_float(acts[slot][j][k]);
     GK_UNROLL for (int k = 0; k < S; k++) {
       v.s[k] = to_float(before[slot][j][k]);
       v.t[k] = to_float(after[slot][j][k]);
       v.dt[k] = ds[slot][j][k] + to_float(given[slot][j][k]);
     }
+    v.dt[0] = clamp(v.dt[0], p.extra.clip);
     return v;
   }
 
@@ -147,6 +154,9 @@ private:
     }
     first.weights.start();
     if constexpr (Q > 0) second.weights.start();
+
+    GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) GK_UNROLL for (int k = 0; k < P; k++) params[slot][k] =
+        active(slot) && unit(slot) < p.walk.H ? to_float(as_x(p.extra.params)[k * p.walk.H + unit(slot)]) : 0.f;
 
     const int teams = blocks() / p.team.size;
     for (row0 = team * N; row0 < p.walk.B; row0 += teams * N) {
@@ -181,17 +191,23 @@ private:
     float dv[SLOTS][2];
     if constexpr (Q > 0) late_gates(now, rows, dv);
 
-    X dx[SLOTS][2][G], dr[SLOTS][2][G];
+    X dx[SLOTS][2][G], dr[SLOTS][2][G], dp[SLOTS][2][P ? P : 1];
     double sizes[S] = {};
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) if (active(slot)) {
       float r[2][G] = {};
       GK_UNROLL for (int j = 0; j < 2; j++) if (live(slot, j, now.rows)) {
-        const Values v = values(slot, j);
+        const Values v = values(now, slot, j);
         float x[G], total[S];
-        if constexpr (Q > 0)
-          Cell::backward(v.a, v.s, v.t, v.dt, dv[slot][j], x, r[j], ds[slot][j], total);
-        else
-          Cell::backward(v.a, v.s, v.t, v.dt, x, r[j], ds[slot][j], total);
+        ExtraAdjoints<Cell> found;
+        v.extras.then([&](auto &...group) {
+          found.then([&](auto &...made) {
+            if constexpr (Q > 0)
+              Cell::backward(v.a, v.s, v.t, group..., v.dt, dv[slot][j], x, r[j], ds[slot][j], made..., total);
+            else
+              Cell::backward(v.a, v.s, v.t, group..., v.dt, x, r[j], ds[slot][j], made..., total);
+          });
+        });
+        GK_UNROLL for (int k = 0; k < P; k++) store(dp[slot][j][k], found.p[k]);
         GK_UNROLL for (int g = 0; g < G; g++) store(dx[slot][j][g], x[g]), store(dr[slot][j][g], r[j][g]);
         GK_UNROLL for (int k = 0; k < S; k++) sizes[k] +=
             double(k ? total[k] : v.dt[0]) * double(k ? total[k] : v.dt[0]);
@@ -211,6 +227,9 @@ private:
               as<X>(p.dgates)[at + g * p.walk.H] = dx[slot][j][g];
               if constexpr (!Cell::shared) as<X>(p.dr)[at + g * p.walk.H] = dr[slot][j][g];
             }
+            if (!p.dparams) return;
+            X *const to = as<X>(p.dparams) + (now.token + column[slot][j]) * P * p.walk.H + unit(slot);
+            GK_UNROLL for (int k = 0; k < P; k++) to[k * p.walk.H] = dp[slot][j][k];
           });
           if constexpr (NORMS) save_sizes(p.walk.time(i), turn);
         });
@@ -227,9 +246,9 @@ private:
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) if (active(slot)) {
       float r[2][Q] = {};
       GK_UNROLL for (int j = 0; j < 2; j++) if (live(slot, j, now.rows)) {
-        const Values v = values(slot, j);
+        const Values v = values(now, slot, j);
         float o;
-        Cell::second_adjoint(v.a, v.s, v.t, v.dt, o, r[j]);
+        v.extras.then([&](auto &...group) { Cell::second_adjoint(v.a, v.s, v.t, group..., v.dt, o, r[j]); });
         store(operand[slot][j], o);
       }
       GK_UNROLL for (int q = 0; q < Q; q++) Second::put(link, n_tile(slot), line(slot, q), r[0][q], r[1][q]);

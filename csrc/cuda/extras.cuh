@@ -41,6 +41,12 @@ GK_DEVICE void draw(float (&m)[V], const ExtraArgs &e, int k, int64 token, int64
   GK_UNROLL for (int v = 0; v < V; v++) m[v] = word_of(words, V == 1 ? u % 4 : v) < mask.below ? 0.f : mask.high;
 }
 
+template <class X> GK_DEVICE float drawn(const ExtraArgs &e, int k, int64 token, int64 column, int u) {
+  float m[1];
+  draw<X>(m, e, k, token, column, u);
+  return m[0];
+}
+
 // ---------------------------------------------------------------- backward
 
 // Clipped to [-limit, limit]; NaN stays. limit 0: as it is.
@@ -71,6 +77,16 @@ template <class Cell> struct Extras { // of one unit
 };
 template <class Cell> struct ExtraAdjoints {
   float p[Cell::P ? Cell::P : 1], d[Cell::D ? Cell::D : 1];
+  template <class Call> GK_DEVICE void then(Call call) { // call(those that the cell has ..)
+    if constexpr (Cell::P > 0 && Cell::D > 0)
+      call(p, d);
+    else if constexpr (Cell::P > 0)
+      call(p);
+    else if constexpr (Cell::D > 0)
+      call(d);
+    else
+      call();
+  }
 };
 
 template <class A, class B> constexpr bool is_same = false;

@@ -25,14 +25,14 @@
 //   told and K N heard, at twice their size, and for C > 1 WK R N floats pushed and received.
 // * global memory: G U N gates read, one step ahead; U N (sequences + A) values written, for which nobody waits.
 #pragma once
-#include "cells.cuh"
 #include "exchange.cuh"
+#include "extras.cuh"
 
 namespace gk {
 
 template <class Cell, class X, Exchange exchange, int C, int H, int U, int N, int WM, int WK, int KEPT, int IN_SHARED>
 struct Forward {
-  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, G1 = G - Q, G2 = Q ? Q : 1;
+  static constexpr int G = Cell::G, S = Cell::S, A = Cell::A, Q = Cell::Q, P = Cell::P, G1 = G - Q, G2 = Q ? Q : 1;
   static constexpr int SPLIT = exchange == Exchange::Grid ? C : 1; // blocks that have a part of the contraction each
   static constexpr int WARPS = WM * WK, THREADS = 32 * WARPS, N_TILES = N / 8;
   static constexpr int K_TILES = H / SPLIT / WK / values_of_tile<X>; // of a warp
@@ -40,6 +40,7 @@ struct Forward {
   static constexpr int ITEMS = U / 8 * N_TILES;                      // octets by n-tiles whose cells the block runs
   static constexpr bool DIRECT = SPLIT == 1 && WK == 1; // a warp runs the cells of its rows; else they are dealt
   static constexpr int SLOTS = DIRECT ? OCTETS * N_TILES : (ITEMS + WARPS - 1) / WARPS; // items of a warp
+  static_assert(Cell::D == 0 && !Cell::means && Cell::recurrent, "those go step by step");
   static_assert(U % 8 == 0 && N % 8 == 0 && U / 8 * SPLIT % WM == 0, "whole octets");
   static_assert(H % (SPLIT * WK * values_of_tile<X>) == 0, "whole k-tiles");
 
@@ -78,7 +79,7 @@ private:
   int row0; // of the tile
   Step now, next;
   X x[SLOTS][2][G]; // gates of the step at hand
-  float s[SLOTS][2][S], bias[DIRECT ? OCTETS : SLOTS][G];
+  float s[SLOTS][2][S], bias[DIRECT ? OCTETS : SLOTS][G], params[DIRECT ? OCTETS : SLOTS][P ? P : 1];
   int columns[DIRECT ? N_TILES : SLOTS][2]; // where rows are in the batch
 
   GK_DEVICE Forward(const ForwardArgs &p, int team, char *memory)
@@ -97,6 +98,7 @@ private:
   GK_DEVICE int row(int slot, int j) const { return row0 + n_tile(slot) * 8 + lane() % 4 * 2 + j; }
   GK_DEVICE int &column(int slot, int j) { return columns[DIRECT ? slot % N_TILES : slot][j]; }
   GK_DEVICE float &bias_of(int slot, int g) { return bias[DIRECT ? slot / N_TILES : slot][g]; }
+  GK_DEVICE float &param_of(int slot, int k) { return params[DIRECT ? slot / N_TILES : slot][k]; }
 
   template <class F> GK_DEVICE static void each_slot(F f) {
     GK_UNROLL for (int slot = 0; slot < SLOTS; slot++) if (active(slot)) f(slot);
@@ -140,6 +142,8 @@ private:
   GK_DEVICE void step(int i, bool last) {
     float r[SLOTS][2][G] = {}, xs[SLOTS][2][G];
     X acts[SLOTS][2][A ? A : 1];
+    Extras<Cell> extras[SLOTS][2];
+    each_cell([&](int slot, int j) { extras[slot][j] = extras_of(slot, j); });
     multiply<FirstSums, 0>(first, r);
     each_cell([&](int slot, int j) { GK_UNROLL for (int g = 0; g < G; g++) xs[slot][j][g] = to_float(x[slot][j][g]); });
 
@@ -147,7 +151,8 @@ private:
       gather.begin();
       each_slot([&](int slot) {
         float v[2];
-        GK_UNROLL for (int j = 0; j < 2; j++) Cell::operand(xs[slot][j], r[slot][j], s[slot][j], v[j]);
+        GK_UNROLL for (int j = 0; j < 2; j++) extras[slot][j].then(
+            [&](auto &...group) { Cell::operand(xs[slot][j], r[slot][j], s[slot][j], group..., v[j]); });
         gather.send(n_tile(slot), unit(slot), v);
       });
       gather.end();
@@ -159,7 +164,8 @@ private:
       float h[2];
       GK_UNROLL for (int j = 0; j < 2; j++) {
         float t[S], a[A ? A : 1];
-        Cell::forward(xs[slot][j], r[slot][j], s[slot][j], t, a);
+        extras[slot][j].then(
+            [&](auto &...group) { Cell::forward(xs[slot][j], r[slot][j], s[slot][j], group..., t, a); });
         const bool live = row(slot, j) < now.rows;
         GK_UNROLL for (int k = 0; k < S; k++) s[slot][j][k] = live ? t[k] : s[slot][j][k];
         GK_UNROLL for (int k = 0; k < A; k++) store(acts[slot][j][k], a[k]);
@@ -268,7 +274,19 @@ private:
         const bool there = p.b_hh && unit(slot) < units();
         bias_of(slot, g) = there ? to_float(static_cast<const X *>(p.b_hh)[g * units() + unit(slot)]) : 0.f;
       }
+      GK_UNROLL for (int k = 0; k < P; k++) param_of(slot, k) =
+          unit(slot) < units() ? to_float(static_cast<const X *>(p.extra.params)[k * units() + unit(slot)]) : 0.f;
     });
+  }
+
+  // Of the step at hand, before its product is there.
+  GK_DEVICE Extras<Cell> extras_of(int slot, int j) {
+    Extras<Cell> one;
+    GK_UNROLL for (int k = 0; k < P; k++) one.p[k] = param_of(slot, k);
+    const int at = row(slot, j) < now.rows ? column(slot, j) : 0; // any other token would do for who is not there
+    GK_UNROLL for (int k = 0; k < Cell::M; k++) one.m[k] =
+        drawn<X>(p.extra, k, now.rows ? first_token(now) + at : 0, at, unit(slot));
+    return one;
   }
 
   GK_DEVICE void load_state() {

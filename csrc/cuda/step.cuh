@@ -426,18 +426,10 @@ private:
       GK_UNROLL for (int v = 0; v < V; v++) {
         float dxs[G], drs[G], dss[S], total[S];
         ExtraAdjoints<Cell> extra;
-        const auto run = [&](auto &...found) {
+        extra.then([&](auto &...found) {
           in.template call<typename F::Backward>(Round<Rounds::count>{}, v, kept + int64(u + v) * KEPT, means, dxs, drs,
                                                  dss, found..., total);
-        };
-        if constexpr (P > 0 && Cell::D > 0)
-          run(extra.p, extra.d);
-        else if constexpr (P > 0)
-          run(extra.p);
-        else if constexpr (Cell::D > 0)
-          run(extra.d);
-        else
-          run();
+        });
         place(dx, dxs, v), place(dr, drs, v), place(ds, dss, v);
         GK_UNROLL for (int k = 0; k < P; k++) dp[k][v] = extra.p[k];
         if constexpr (Cell::D > 0) dd[v] = extra.d[0];

@@ -55,6 +55,7 @@ class ForwardArgs(ctypes.Structure):
     _fields_ = [
         ("walk", Walk),
         ("team", Team),
+        ("extra", ExtraArgs),
         *((n, c_void_p) for n in ("gates", "w_hh", "b_hh")),
         *((n, States) for n in ("state", "seq", "final_state")),
         ("acts", c_void_p),
@@ -65,11 +66,12 @@ class BackwardArgs(ctypes.Structure):
     _fields_ = [
         ("walk", Walk),
         ("team", Team),
+        ("extra", ExtraArgs),
         *((n, c_void_p) for n in ("w_hh", "acts")),
         *((n, States) for n in ("seq", "state", "dseq", "dfinal")),
         *((n, c_void_p) for n in ("dgates", "dr", "operand")),
         ("dstate", States),
-        ("norms", c_void_p),
+        *((n, c_void_p) for n in ("norms", "dparams")),
     ]
 
 

@@ -108,7 +108,7 @@ class Backward(Variant):
         weights = sum(4 * m_tiles * min(self.KEPT, self.k_tiles(gates)) for gates in self.products)
         weights *= 3 if self.number == "fp32" else 1  # and what tf32 holds of each, and of the rest
         slots = -(-self.octets * n_tiles // (self.WM * self.WK))
-        values = cell.A + 4 * cell.S + cell.G * (2 if cell.split else 1) + 1 + len(cell.second)
+        values = cell.A + 4 * cell.S + cell.G * (2 if cell.split else 1) + 1 + len(cell.second) + 2 * cell.P + cell.M
         return 40 + 20 * self.told + weights + 4 * m_tiles * n_tiles + slots * (2 * values + 8) + 4 * n_tiles
 
     @property

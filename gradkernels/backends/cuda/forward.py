@@ -76,6 +76,6 @@ class Forward(Variant):
         halves = 2 if self.number == "fp32" else 1  # the compiler splits what is kept once, before the steps
         weights = sum(4 * m * kept * halves for m in m_tiles)
         sums = max(4 * m * n_tiles * (2 if m * n_tiles < 4 else 1) for m in m_tiles)
-        cells = self.slots * (3 * cell.G + 2 * cell.S + 2 * cell.A)
+        cells = self.slots * (3 * cell.G + 2 * cell.S + 2 * cell.A + 3 * cell.P + 2 * cell.M)
         fetched = 16 if self.exchange == "grid" else 0
         return 64 + weights + sums + cells + 6 * n_tiles + fetched + 16 * (kept + self.SHARED < self.k_tiles)

@@ -19,7 +19,7 @@ from gradkernels.backends._extra import Extra
 from gradkernels.cells import Cell
 
 from . import driver, plan, step
-from .arguments import BackwardArgs, ForwardArgs, Team, address, addresses
+from .arguments import BackwardArgs, ForwardArgs, Team, address, addresses, extras
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -74,7 +74,7 @@ def forward(
             return
         team, shared = _team(chosen, chosen.variant, gates)
         args = ForwardArgs(
-            step.walk(steps, H), team, address(gates), address(w_hh), address(b_hh), addresses(state), addresses(seq),
+            step.walk(steps, H), team, extras(extra), address(gates), address(w_hh), address(b_hh), addresses(state), addresses(seq),
             addresses(final), address(acts),
         )  # fmt: skip
         machine.kernel(chosen.variant).launch(chosen.blocks, args)
@@ -107,7 +107,7 @@ def backward(
     H = w_hh.shape[0] // cell.G
     chosen = plan.plan(machine, cell, kind, H, steps.B, "backward", norms=norms is not None)
     try:
-        if chosen.variant is None or w_hr is not None or extra.clip:
+        if chosen.variant is None or w_hr is not None:
             known = None if sizes is None else sizes.tolist()
             step.backward(
                 machine, kind, cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, known, dgates, dr, operand, dproj, dstate, norms,
@@ -117,9 +117,9 @@ def backward(
         team, shared = _team(chosen, chosen.variant, dgates)
         parts = None if norms is None else norms.new_zeros(steps.T, chosen.blocks, cell.S)
         args = BackwardArgs(
-            step.walk(steps, H), team, address(w_hh), address(acts), addresses(seq), addresses(state), addresses(grads[: cell.S]),
+            step.walk(steps, H), team, extras(extra), address(w_hh), address(acts), addresses(seq), addresses(state), addresses(grads[: cell.S]),
             addresses(grads[cell.S :]), address(dgates), address(dr if cell.split else None), address(operand), addresses(dstate),
-            address(parts),
+            address(parts), address(dparams),
         )  # fmt: skip
         machine.kernel(chosen.variant).launch(chosen.blocks, args)
         if parts is not None:

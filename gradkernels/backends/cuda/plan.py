@@ -124,8 +124,8 @@ def _only_stepwise(cell: Cell) -> str | None:
     """What of a cell kernels that keep the matrix do not have."""
     if not cell.recurrent:
         return f"cell {cell.name!r} has no recurrent product: a kernel walks all steps by itself"
-    if cell.extra or cell.means:
-        what = "means over its units" if cell.means else "parameters, masks or a delayed state"
+    if cell.D or cell.means:
+        what = "means over its units" if cell.means else "a delayed state"
         return f"a matrix product and a kernel in every step, as cell {cell.name!r} has {what}"
     return None
 

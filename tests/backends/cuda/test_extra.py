@@ -9,9 +9,12 @@ import torch
 from gradkernels.backends import cuda, reference
 from gradkernels.backends._extra import DRAWN, FIXED, GIVEN, Extra
 from gradkernels.backends.cuda import plan, step
+from gradkernels.backends.cuda.backward import Backward
+from gradkernels.backends.cuda.forward import Forward
 from gradkernels.cells import CELLS, cell
 from gradkernels.cells.transform import masked, resets, skip, zoneout
 from tests import place
+from tests.backends.cuda.test_contract import force, form
 from tests.close import assert_close_to_truth
 from tests.cuda_on_cpu.machine import Schedule, Twin, twin  # noqa: F401 - a fixture
 from tests.ops.case import GATES
@@ -94,6 +97,10 @@ def check(given, extra):
     return ours
 
 
+def stepwise(*_):
+    return plan.Plan("step", None, 0, 0, "it was asked for", (), 0.0)
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """The kernels of all cases, as many at a time as there are cores."""
@@ -103,10 +110,28 @@ def compiled():
 
 
 @pytest.mark.parametrize("cell, layout, reverse, H", CASES, ids=lambda v: getattr(v, "name", str(v)))
-def test_against_the_reference(cell, layout, reverse, H, compiled, twin):  # noqa: F811
+def test_against_the_reference(cell, layout, reverse, H, compiled, twin, monkeypatch):  # noqa: F811
+    force(monkeypatch, stepwise)
     check(*make(cell, layout, reverse, H))
     if not cell.recurrent:
         assert len(twin.launches) == 3  # all steps in one
+
+
+WALKS = [
+    ("cluster", zoneout(CELLS["lstm_peephole"]), "lengths", False, torch.float32),
+    ("cluster", CELLS["lstm"], "packed", True, torch.bfloat16),  # clipped
+    ("grid", AROUND[2], "packed", False, torch.float32),
+    ("joined", AROUND[1], "lengths", True, torch.float32),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, cell, layout, reverse, dtype", WALKS, ids=lambda v: getattr(v, "name", str(v)))
+def test_kernels_that_walk_the_sequence(name, cell, layout, reverse, dtype, twin, monkeypatch):  # noqa: F811
+    force(monkeypatch, form(name))
+    given, extra = make(cell, layout, reverse, H=29, T=4, B=11, dtype=dtype)
+    check(given, extra)
+    assert {type(variant) for variant, _ in twin.launches} == {Forward, Backward}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -141,7 +166,7 @@ def test_what_is_said(twin):  # noqa: F811
     """The plan says which part of a cell sends it step by step; what no kernel has is refused."""
     for c, said in (
         (CELLS["lstm_layer_norm"], "means"),
-        (CELLS["lstm_peephole"], "parameters"),
+        (AROUND[4], "delayed"),
         (CELLS["indrnn"], "no rec"),
     ):
         assert said in plan.plan(twin, c, "bf16", 64, 8, "forward").why

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gradkernels.backends import _cache as cache
-from gradkernels.backends.cuda import nvrtc
-from gradkernels.cells import get
+from gradkernels.backends.cuda import nvrtc, step
+from gradkernels.cells import CELLS, get
 from gradkernels.cells.codegen import COMPILED, device_struct, type_name
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +97,15 @@ extern "C" __global__ void run(float *p) {{
 """
     made = nvrtc.compile(source, {**nvrtc.headers(), "cells.cuh": device_struct(cell)}, "sm_80")
     assert made.spilled == made.stack == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [c for name, c in CELLS.items() if name not in COMPILED], ids=lambda c: c.name)
+def test_every_cell_compiles_step_by_step(cell, folder):
+    for kind in (step.StepForward, step.StepBackward):
+        variant = kind(cell, "bf16", step.most_units(cell))
+        made = nvrtc.compile(variant.source(), {**nvrtc.headers(), "cells.cuh": device_struct(cell)}, "sm_90a")
+        assert made.spilled <= 64, variant
 
 
 # ---------------------------------------------------------------- on disk
