@@ -92,7 +92,7 @@ def by_loop(form: Form, dtype: torch.dtype, of: torch.dtype, norms_as: torch.dty
     grads, w_hh, seq, acts, state = saved(form, of)
     tensors = [up(g) for g in grads], up(w_hh), None, [up(v) for v in seq], None, up(acts), [up(v) for v in state]
     cell = get(form.cell)
-    dgates, dr, operand, _, dstate, norms = unroll_backward(cell, *tensors, steps_of(form), form.reverse, form.norms)
+    dgates, dr, operand, _, _, dstate, norms = unroll_backward(cell, *tensors, steps_of(form), form.reverse, form.norms)
     return named(
         dgates, dr if cell.split else None, operand, dstate, norms[:, :-1].to(norms_as) if form.norms else None
     )
