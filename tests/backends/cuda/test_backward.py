@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradkernels.backends._extra import PLAIN
 from gradkernels.backends._sequence import Steps
 from gradkernels.backends._unroll import unroll, unroll_backward
-from gradkernels.backends.cuda.arguments import BackwardArgs, Team, address, addresses
+from gradkernels.backends.cuda.arguments import BackwardArgs, Team, address, addresses, extras
 from gradkernels.backends.cuda.backward import Backward
 from gradkernels.backends.cuda.step import walk
 from gradkernels.cells import get
@@ -113,8 +114,9 @@ def by_kernel(form: Form, twin: Twin, schedule) -> dict:
     args = BackwardArgs(
         walk(Steps(T, form.rows[0], N, form.reverse, rows, first, None), H),
         Team(form.team, address(arrivals), address(shared)),
+        extras(PLAIN),
         address(w_hh), address(acts), addresses(seq), addresses(state), addresses(grads[: cell.S]), addresses(grads[cell.S :]),
-        address(dgates), address(dr), address(operand), addresses(dstate), address(norms),
+        address(dgates), address(dr), address(operand), addresses(dstate), address(norms), None,
     )  # fmt: skip
     twin.schedule = schedule
     twin.kernel(variant).launch(blocks, args)

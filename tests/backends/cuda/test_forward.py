@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradkernels.backends._extra import PLAIN
 from gradkernels.backends._sequence import Steps
 from gradkernels.backends._unroll import unroll
-from gradkernels.backends.cuda.arguments import ForwardArgs, Team, address, addresses
+from gradkernels.backends.cuda.arguments import ForwardArgs, Team, address, addresses, extras
 from gradkernels.backends.cuda.forward import Forward
 from gradkernels.backends.cuda.step import walk
 from gradkernels.cells import get
@@ -123,7 +124,8 @@ def by_kernel(form: Form, twin: Twin, schedule) -> dict:
     shared = torch.full((form.teams * variant.exchange_bytes(form.team) + GUARD,), 0xFF, dtype=torch.uint8)
     wanted = seq if form.keep else [seq[0], *[None] * (cell.S - 1)]
     args = ForwardArgs(
-        walk(steps, H), Team(form.team, address(arrivals), address(shared)), address(gates), address(w_hh), address(b_hh),
+        walk(steps, H), Team(form.team, address(arrivals), address(shared)), extras(PLAIN), address(gates), address(w_hh),
+        address(b_hh),
         addresses(state), addresses(wanted), addresses(final), address(acts if form.keep and cell.A else None),
     )  # fmt: skip
     twin.schedule = schedule
