@@ -193,6 +193,9 @@ class SkipRNN(Recurrent):
     SkipRNN(cell, input_size, hidden_size, ..., *, skip, ...); arguments otherwise as of Recurrent. The gradient of the loss at step
     t reaches step 0 over a path of t / k additions, whatever the cell does to it. ValueError if skip < 1.
 
+    Meant for cells whose output is bounded, such as RNNs and LSTMs: a GRU carries on most of its last state by itself, and with another
+    one added to it states grow from step to step.
+
     The residual connections through time of Wang and Tian (2016); the skips of Zhang et al. (2016) are weighted ones.
 
     >>> layer = SkipRNN("rnn_tanh", 3, 5, skip=4)
