@@ -33,38 +33,66 @@ def older() -> Path:
     return folder
 
 
-def run(folder, first=(), **environment):
-    """pytest on a folder, in this repository's package, or in a package that lies before it."""
-    path = os.pathsep.join(map(str, (*first, ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
-    assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
-    return done.stdout
+class Run:
+    """pytest on a folder, in this repository's package, or in a package that lies before it; started when it is made."""
+
+    def __init__(self, folder, first=(), **environment):
+        path = os.pathsep.join(map(str, (*first, ROOT)))
+        self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by the fixture
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / folder)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            stdout=self.out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def passed(self):
+        """What it printed, once it has ended."""
+        code = self.process.wait()
+        self.out.seek(0)
+        said = self.out.read()
+        assert code == 0, said[-25000:]
+        assert " passed" in said and " skipped" not in said, said
+        return said
+
+
+RUNS = {
+    "test_interpreted": lambda: Run("interpreted", TRITON_INTERPRET="1"),
+    "test_compiled": lambda: Run("compiled"),
+    "test_compiled_by_an_older_version": lambda: Run("compiled", [older()]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """All that were asked for at once: each needs one core, and takes minutes."""
+    wanted = [item.name for item in request.session.items if item.path == request.path and item.name in RUNS]
+    started = {name: RUNS[name]() for name in wanted}
+    yield started
+    for run in started.values():
+        run.process.kill()
+        run.process.wait()
+        run.out.close()
 
 
 @needs_triton
 @pytest.mark.slow
-def test_interpreted():
-    run("interpreted", TRITON_INTERPRET="1")
+def test_interpreted(runs):
+    runs["test_interpreted"].passed()
 
 
 @needs_triton
 @pytest.mark.slow
-def test_compiled():
-    run("compiled")
+def test_compiled(runs):
+    runs["test_compiled"].passed()
 
 
 @needs_triton
 @pytest.mark.slow
-def test_compiled_by_an_older_version():
-    assert f"triton {OLDER}" in run("compiled", [older()])
+def test_compiled_by_an_older_version(runs):
+    assert f"triton {OLDER}" in runs["test_compiled_by_an_older_version"].passed()
 
 
 def python(code, **environment):
