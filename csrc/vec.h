@@ -158,6 +158,26 @@ template <class T> inline Vec<T> relu(Vec<T> x) {
 
 template <class T> constexpr int lanes = Vec<Real<T>>::size;
 
+// The sum of n values, halves added to one another.
+template <int n, class T> inline T sum(const T *p) {
+  if constexpr (n == 1)
+    return *p;
+  else {
+    typedef T Half __attribute__((vector_size(n / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, p, sizeof low), std::memcpy(&high, p + n / 2, sizeof high);
+    low += high;
+    T left[n / 2];
+    std::memcpy(left, &low, sizeof low);
+    return sum<n / 2>(left);
+  }
+}
+template <class T> inline T sum(const Vec<T> &x) {
+  T p[Vec<T>::size];
+  x.store(p);
+  return sum<Vec<T>::size>(p);
+}
+
 typedef uint16_t Short __attribute__((vector_size(vector_bytes / 2)));
 inline Vec<float>::Bits widen(Short s) { return __builtin_convertvector(s, Vec<float>::Bits); }
 inline Short narrow(Vec<float>::Bits b) { return __builtin_convertvector(b, Short); }

@@ -36,6 +36,7 @@ template <class Cell, class T, class P> class Backward {
   F *carry;                          // [S, B, width] adjoints on their way to the step before, each thread its own
   F *reached;                        // [B, width] what reaches the output in this step, where it is needed again
   F *second;                         // [B, width] adjoints of the operand of a second product, likewise
+  F *pulled;                         // [B, width] sums of several products, where there are heads
   F *owed;                           // [skip, B, width] adjoints of delayed states, until the walk is at their step
   std::vector<Share> shares;         // of each thread that walks
   std::vector<InRounds> rounds;      // of each thread that walks, where there are means
@@ -47,7 +48,7 @@ template <class Cell, class T, class P> class Backward {
   Factor<P> x, h, v, raw;
   Weights<T> dw_ih, dw_hh, dw_hr;
   F *db_x, *db_r;            // [K] each
-  F *dp_rows, *dp;           // [2, B, P, NV, L] of each row in a chunk, [P, NV, L] of all
+  F *dp_rows, *dp;           // [2, B, NV, P, L] of each row in a chunk, [NV, P, L] of all
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
   std::vector<double> norms; // [walking threads, T, S]
 
@@ -84,8 +85,8 @@ template <class Cell, class T, class P> class Backward {
                    CV * (id + 1) / n);
     };
     if (q.dx) rows(q.w_ih, w_ih, K, q.I);
-    if (recurrent) rows(q.w_hh, w_first, K1, q.R);
-    if (Q) rows(at(q.w_hh) + K1 * q.R, w_second, K - K1, q.R);
+    if (recurrent) rows(q.w_hh, w_first, K1, q.head());
+    if (Q) rows(at(q.w_hh) + K1 * q.head(), w_second, K - K1, q.head());
     if (q.w_hr) rows(q.w_hr, w_hr, q.R, q.H);
   }
   void enter(const Part &p) {
@@ -183,7 +184,7 @@ template <class Cell, class T, class P> class Backward {
       if (split) put(known ? nullptr : &ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
     }
     for (int k = 0; k < Cell::P; k++) {
-      F *const sum = dp_rows + (((place[i] >= room) * q.B + b) * Cell::P + k) * NV * L + unit;
+      F *const sum = dp_rows + ((((place[i] >= room) * q.B + b) * NV + v) * Cell::P + k) * L;
       if (q.dparams) (V::load(sum) + extra.p[k]).store(sum);
       put(nullptr, q.dp, i, b, k * q.H + unit, extra.p[k], m, Cell::P * q.H);
     }
@@ -192,6 +193,27 @@ template <class Cell, class T, class P> class Backward {
       ds[k].store(carry_at(k, b, v));
       if (norm) norm[k].add(total[k], m);
     }
+  }
+
+  // Adjoints row(k) of `gates` gates times their recurrent weights, for n rows of the batch from b on and the vectors
+  // [v0, v1) of what these are multiplied with. A head's part of every gate is a product by itself.
+  template <class Row, class Done>
+  void pull(int64_t n, int64_t b, int64_t v0, int64_t v1, int gates, const Packed<P> &w, Row row, Done done) const {
+    if (q.heads == 1) return product<1>(n, v0, v1, w.matrix, row, depth, done);
+    by_heads<T>(q, v0, v1, [&](int64_t head, int64_t lo, int64_t hi) {
+      const int64_t first = head * vectors<T>(q.head());
+      for (int g = 0; g < gates; g++) {
+        const int64_t at = g * q.H + head * q.head();
+        const Matrix<P> part{w.panels + at * L, w.matrix.panel, sum_steps<P>(q.head()), nullptr};
+        product<1>(
+            n, lo - first, hi - first, part, [&](int64_t k) { return row(k) + at; }, depth,
+            [&](int64_t k, int64_t v, const F *acc) {
+              F *const sum = pulled + (b + k) * width + (first + v) * L;
+              (g ? V::load(sum) + V::load(acc) : V::load(acc)).store(sum);
+              if (g + 1 == gates) done(k, first + v, sum);
+            });
+      }
+    });
   }
 
   // Rows that step i + 1 went on with take the adjoint through it; rows that end here take that of the final state.
@@ -215,8 +237,8 @@ template <class Cell, class T, class P> class Backward {
     };
     if (through && recurrent) {
       if constexpr (recurrent)
-        product<1>(
-            hi - lo, p.r0, p.r1, w_first.matrix, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); }, depth,
+        pull(
+            hi - lo, lo, p.r0, p.r1, G - Q, w_first, [&](int64_t k) { return ring_r.row(place[i + 1] + lo + k); },
             each);
     } else
       for (int64_t k = 0; k < hi - lo; k++)
@@ -249,8 +271,8 @@ template <class Cell, class T, class P> class Backward {
     if constexpr (Cell::means) whole_rows<First>(p, i, last, wanted);
     if constexpr (Q > 0) {
       p.meet();
-      product<1>(
-          n, p.v0, p.v1, w_second.matrix, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; }, depth,
+      pull(
+          n, p.b0, p.v0, p.v1, Q, w_second, [&](int64_t k) { return ring_r.row(place[i] + p.b0 + k) + K1; },
           [&](int64_t k, int64_t v, const F *acc) {
             const int64_t b = p.b0 + k;
             if constexpr (Cell::means)
@@ -265,7 +287,7 @@ template <class Cell, class T, class P> class Backward {
     }
     if (wanted)
       for (int k = 0; k < S; k++) norms[(p.id * q.T + q.time(i)) * S + k] = norm[k].sum();
-    if (recurrent || Cell::means) p.meet();
+    p.meet();
   }
 
   // ---- a chunk
@@ -293,11 +315,17 @@ template <class Cell, class T, class P> class Backward {
     all(raw, [&](int64_t i, int64_t b) { return at(q.raw) + q.token(i, b) * q.H; });
   }
 
-  // The rows [m0, m1) of a gradient of weights take what a chunk adds.
+  // The rows [m0, m1) of a gradient of weights take what a chunk adds; those of a head have columns of f for
+  // themselves.
   void add(const Chunk &c, int parity, int id, bool first, const Ring<P> &ring, int64_t m0, int64_t m1,
-           const Factor<P> &f, const Weights<T> &w) const {
-    if (w.out)
-      accumulate(ring.row(place[c.lo]), ring.stride, c.tokens, m0, m1, f.panels[parity].matrix, w, first, pairs[id]);
+           const Factor<P> &f, const Weights<T> &w, int64_t heads = 1) const {
+    for (int64_t m = m0; w.out && m < m1;) {
+      const int64_t block = m / w.C, end = heads > 1 ? std::min(m1, (block + 1) * w.C) : m1;
+      Matrix<P> factor = f.panels[parity].matrix;
+      factor.panels += block % heads * vectors<T>(w.C) * factor.panel;
+      accumulate(ring.row(place[c.lo]), ring.stride, c.tokens, m, end, factor, w, first, pairs[id]);
+      m = end;
+    }
   }
   void input_gradient(const Chunk &c, int id) {
     constexpr int64_t block = 48; // tokens whose gate gradients stay near while all columns of x pass
@@ -334,8 +362,8 @@ template <class Cell, class T, class P> class Backward {
       team.all.wait(id);
     }
     add(c, parity, id, first, ring_x, m0, m1, x, dw_ih);
-    add(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh);
-    if (Q) add(c, parity, id, first, ring_r, std::max(m0, K1), std::max(m1, K1), v, dw_hh);
+    add(c, parity, id, first, ring_r, std::min(m0, K1), std::min(m1, K1), h, dw_hh, q.heads);
+    if (Q) add(c, parity, id, first, ring_r, std::max(m0, K1), std::max(m1, K1), v, dw_hh, q.heads);
     add(c, parity, id, first, ring_h, q.R * id / team.size, q.R * (id + 1) / team.size, raw, dw_hr);
     if (db_x) add_columns(ring_x.row(place[c.lo]), ring_x.stride, c.tokens, m0, m1, db_x, first);
     if (db_r) add_columns(ring_r.row(place[c.lo]), ring_r.stride, c.tokens, m0, m1, db_r, first);
@@ -343,12 +371,12 @@ template <class Cell, class T, class P> class Backward {
     if (q.dx) input_gradient(c, id);
   }
   static Team make_team(const BackwardArgs &q) {
-    const int64_t width = (recurrent ? q.R : 0) + 2 * q.I;
+    const int64_t width = (recurrent ? q.head() : 0) + 2 * q.I;
     const int64_t step = work_of_a_step<Cell>(q), after = std::min(chunk, q.T * q.B) * G * q.H * width;
     const int threads = q.norms ? q.threads : Crowd::threads(q.threads, step); // norms are summed thread by thread
     const Grid grid = choose_grid(worth(threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
-                                  recurrent ? G * q.H * q.R * int64_t(sizeof(P)) : 0);
-    return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)));
+                                  recurrent ? G * q.H * q.head() * int64_t(sizeof(P)) : 0);
+    return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)), apart<Cell>(q, grid.units));
   }
 
 public:
@@ -356,12 +384,13 @@ public:
     arena.reset();
     plan();
     if (q.dx) w_ih = take_panels<P>(arena, q.I, 1, K);
-    if (recurrent) w_first = take_panels<P>(arena, q.R, 1, K1);
-    if (Q) w_second = take_panels<P>(arena, q.R, 1, K - K1);
+    if (recurrent) w_first = take_panels<P>(arena, q.head(), 1, K1);
+    if (Q) w_second = take_panels<P>(arena, q.head(), 1, K - K1);
     if (q.w_hr) w_hr = take_panels<P>(arena, q.H, 1, q.R);
     carry = arena.zeros<F>(S * q.B * width);
     reached = again ? arena.take<F>(q.B * width) : nullptr;
     second = Q && Cell::means ? arena.take<F>(q.B * width) : nullptr;
+    pulled = q.heads > 1 ? arena.take<F>(q.B * width) : nullptr;
     owed = Cell::D && q.skip < q.T ? arena.take<F>(q.skip * q.B * width) : nullptr;
     for (int id = 0; team.walks(id); id++) {
       shares.push_back(Share::of<Cell>(team.part(id, NV, RV), team.grid.units, NV));
@@ -375,7 +404,7 @@ public:
     dp_rows = q.dparams ? arena.zeros<F>(2 * q.B * Cell::P * NV * L) : nullptr;
     dp = q.dparams ? arena.zeros<F>(Cell::P * NV * L) : nullptr;
     if (q.dw_ih) x = Factor<P>::take(arena, room, q.I), dw_ih = Weights<T>::take(arena, q.dw_ih, K, q.I);
-    if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.R);
+    if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.head());
     if (Q && q.dw_hh) v = Factor<P>::take(arena, room, q.H);
     if (q.dw_hr) raw = Factor<P>::take(arena, room, q.H), dw_hr = Weights<T>::take(arena, q.dw_hr, q.R, q.H);
     db_x = q.db_ih || (q.db_hh && !split) ? arena.take<F>(K) : nullptr;
@@ -417,10 +446,9 @@ public:
       if (q.db_ih) store(at(q.db_ih) + m, load(db_x + m, K - m), K - m);
       if (q.db_hh) store(at(q.db_hh) + m, load((split ? db_r : db_x) + m, K - m), K - m);
     }
-    for (int64_t u = 0; q.dparams && u < Cell::P * NV; u++) {
-      const int64_t unit = u % NV * L;
-      store(at(q.dparams) + u / NV * q.H + unit, V::load(dp + u * L), q.H - unit);
-    }
+    for (int64_t v = 0; q.dparams && v < NV; v++)
+      for (int k = 0; k < Cell::P; k++)
+        store(at(q.dparams) + k * q.H + v * L, V::load(dp + (v * Cell::P + k) * L), q.H - v * L);
     for (int64_t t = 0; q.norms && t < q.T; t++) {
       double *const to = q.norms + t * (S + 1);
       for (int k = 0; k < S; k++) {

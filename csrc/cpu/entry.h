@@ -53,7 +53,7 @@ public:
 template <class Cell> void read(FlatReader &r, Sequence &q, Noise (&noise)[Cell::M + 1]) {
   static_assert(Cell::S <= max_states, "a cell has too many states");
   int64_t reverse, threads;
-  r >> q.T >> q.B >> q.I >> q.H >> q.R >> reverse >> threads >> q.first_number >> q.skip;
+  r >> q.T >> q.B >> q.I >> q.H >> q.R >> reverse >> threads >> q.first_number >> q.skip >> q.heads;
   q.reverse = reverse != 0, q.threads = int(threads), q.noise = noise;
   for (int k = 0; k < Cell::M; k++) {
     double source;

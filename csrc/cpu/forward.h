@@ -52,6 +52,7 @@ template <class Cell, class T, class P> class Forward {
   int64_t input_stride() const { return row_stride<P>(q.I + depth); }
   const T *at(const void *p) const { return static_cast<const T *>(p); }
   T *at(void *p) const { return static_cast<T *>(p); }
+  const T *last_gates() const { return at(q.w_hh) + (G - Q) * q.H * q.head(); } // whose product is the second one
   F *state_at(int k, int64_t b, int64_t v) const { return state + (k * q.B + b) * width + v * L; }
 
   void pack(int id) {
@@ -60,8 +61,11 @@ template <class Cell, class T, class P> class Forward {
     const auto share = [&](int64_t all, auto f) { f(all * id / n, all * (id + 1) / n); };
     share(NV, [&](int64_t lo, int64_t hi) {
       if (q.w_ih) pack_gates(at(q.w_ih), w_ih.panels, w_ih.matrix.panel, G, q.H, q.I, lo, hi);
-      if (recurrent) pack_gates(at(q.w_hh), w_first.panels, w_first.matrix.panel, G - Q, q.H, q.R, lo, hi);
-      if (Q) pack_gates(at(q.w_hh) + (G - Q) * q.H * q.R, w_second.panels, w_second.matrix.panel, Q, q.H, q.R, lo, hi);
+      const auto recur = [&](const Packed<P> &to, const T *w, int gates) {
+        pack_gates(w, to.panels, to.matrix.panel, gates, q.H, q.head(), lo, hi);
+      };
+      if (recurrent) recur(w_first, at(q.w_hh), G - Q);
+      if (Q) recur(w_second, last_gates(), Q);
     });
     if (q.w_hr)
       share(RV, [&](int64_t lo, int64_t hi) {
@@ -77,6 +81,15 @@ template <class Cell, class T, class P> class Forward {
       product<N>(n, v0, v1, to.matrix, row, depth, done);
     else
       product_unpacked<N, P>(n, v0, v1, w, units, K, to.matrix.bias, row, done);
+  }
+
+  // The first n rows of a thread, in `base`, times the recurrent weights of its units.
+  template <int N, class Done>
+  void recur(const Part &p, int64_t n, const P *base, const Packed<P> &to, const T *w, Done done) const {
+    by_heads<T>(q, p.v0, p.v1, [&](int64_t head, int64_t v0, int64_t v1) {
+      const P *const first = base + p.b0 * h_stride + head * q.head();
+      multiply<N>(n, v0, v1, to, w, q.H, q.head(), [=](int64_t k) { return first + k * h_stride; }, done);
+    });
   }
 
   void enter(const Part &p) {
@@ -197,7 +210,6 @@ template <class Cell, class T, class P> class Forward {
 
   void step(const Part &p, int64_t i) {
     const int64_t last = p.within(q.rows_at(i)), n = last - p.b0;
-    const auto row_of = [&](const P *base) { return [=](int64_t k) { return base + (p.b0 + k) * h_stride; }; };
     if constexpr (Cell::M > 0) masks[p.id].draw(i);
     const auto first = [&](int64_t k, int64_t v, const F *acc) {
       const int64_t b = p.b0 + k;
@@ -211,42 +223,42 @@ template <class Cell, class T, class P> class Forward {
       }
     };
     if constexpr (recurrent)
-      multiply<G - Q>(n, p.v0, p.v1, w_first, at(q.w_hh), q.H, q.R, row_of(h[i % 2]), first);
+      recur<G - Q>(p, n, h[i % 2], w_first, at(q.w_hh), first);
     else if (!Cell::means)
       for (int64_t k = 0; k < n; k++)
         for (int64_t v = p.v0; v < p.v1; v++) first(k, v, nullptr);
     if constexpr (Cell::means) whole_rows<First>(p, i, last);
     if constexpr (Q > 0) {
       p.meet();
-      multiply<Q>(n, p.v0, p.v1, w_second, at(q.w_hh) + (G - Q) * q.H * q.R, q.H, q.R, row_of(between),
-                  [&](int64_t k, int64_t v, const F *acc) {
-                    const int64_t b = p.b0 + k;
-                    V *const made = products_of(b, v);
-                    for (int g = 0; g < Q; g++) made[G - Q + g] = V::load(acc + g * L);
-                    if constexpr (!Cell::means) {
-                      Unit u;
-                      gather(p, i, b, v, u);
-                      for (int g = 0; g < G; g++) u.r[g] = made[g];
-                      run<Step, 0>(i, b, v, u, nullptr, nullptr, nullptr);
-                    }
-                  });
+      recur<Q>(p, n, between, w_second, last_gates(), [&](int64_t k, int64_t v, const F *acc) {
+        const int64_t b = p.b0 + k;
+        V *const made = products_of(b, v);
+        for (int g = 0; g < Q; g++) made[G - Q + g] = V::load(acc + g * L);
+        if constexpr (!Cell::means) {
+          Unit u;
+          gather(p, i, b, v, u);
+          for (int g = 0; g < G; g++) u.r[g] = made[g];
+          run<Step, 0>(i, b, v, u, nullptr, nullptr, nullptr);
+        }
+      });
       if constexpr (Cell::means) whole_rows<Step>(p, i, last);
     }
     if (q.w_hr) {
       p.meet();
-      multiply<1>(n, p.r0, p.r1, w_hr, at(q.w_hr), q.R, q.H, row_of(between),
-                  [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
+      multiply<1>(
+          n, p.r0, p.r1, w_hr, at(q.w_hr), q.R, q.H, [&](int64_t k) { return between + (p.b0 + k) * h_stride; },
+          [&](int64_t k, int64_t v, const F *acc) { put(i, p.b0 + k, v, V::load(acc)); });
     }
     projected[p.id].at += n;
-    if (recurrent || Cell::means) p.meet();
+    p.meet();
   }
 
   static Team make_team(const ForwardArgs &q) {
-    const int64_t weights = G * q.H * ((recurrent ? q.R : 0) + (q.w_ih ? q.I : 0));
+    const int64_t weights = G * q.H * ((recurrent ? q.head() : 0) + (q.w_ih ? q.I : 0));
     const int64_t step = work_of_a_step<Cell>(q);
     const Grid grid = choose_grid(worth(Crowd::threads(q.threads, step), step), q.B, vectors<T>(q.H), max_rows<G>,
                                   weights * int64_t(sizeof(P)));
-    return Team(q, grid, grid.rows * grid.units);
+    return Team(q, grid, grid.rows * grid.units, apart<Cell>(q, grid.units));
   }
 
 public:
@@ -260,11 +272,11 @@ public:
       w_ih.matrix.bias = pack_bias(arena, at(q.b_ih), G, q.H);
     }
     if (recurrent) {
-      w_first = room(q.H, G - Q, q.R);
+      w_first = room(q.H, G - Q, q.head());
       w_first.matrix.bias = pack_bias(arena, at(q.b_hh), G - Q, q.H);
     }
     if (Q) {
-      w_second = room(q.H, Q, q.R);
+      w_second = room(q.H, Q, q.head());
       w_second.matrix.bias = pack_bias(arena, q.b_hh ? at(q.b_hh) + (G - Q) * q.H : nullptr, Q, q.H);
     }
     if (q.w_hr) w_hr = room(q.R, 1, q.H);

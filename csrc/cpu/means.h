@@ -40,11 +40,7 @@ template <class Cell, class T, class... F> class Rounds {
 #pragma GCC unroll 16
       for (int j = 0; j < more; j++) sum[j] += left < L ? within(out[j], left) : out[j];
     }
-    for (int j = 0; j < more; j++) {
-      Real<T> total = 0;
-      for (int i = 0; i < L; i++) total += sum[j].v[i];
-      mean[known + j] = V(total / Real<T>(H));
-    }
+    for (int j = 0; j < more; j++) mean[known + j] = V(gk::sum(sum[j]) / Real<T>(H));
     if constexpr (k < f::Rounds::count) from<f, k + 1>(mean, each);
   }
 

@@ -35,7 +35,9 @@ struct Sequence {
   const Noise *noise;   // [M]
   int64_t first_number; // of the first token, in the numbers that masks are drawn by
   int64_t skip;         // steps from a delayed state to where it is used
+  int64_t heads = 1;    // blocks on the diagonal of the recurrent matrix; whole vectors of units each, if several
 
+  int64_t head() const { return R / heads; } // units of h that a unit sees
   int64_t time(int64_t i) const { return reverse ? T - 1 - i : i; }
   int64_t rows_at(int64_t i) const { return i < 0 || i >= T ? 0 : rows ? rows[time(i)] : B; }
   int64_t column(int64_t b) const { return order ? order[b] : b; }
@@ -45,7 +47,7 @@ struct Sequence {
 struct ForwardArgs : Sequence {
   const void *x;              // [N, I], or [N, G * H] gates when w_ih is null
   const void *w_ih, *b_ih;    // [G * H, I], [G * H]; null where absent
-  const void *w_hh, *b_hh;    // [G * H, R], [G * H] or null
+  const void *w_hh, *b_hh;    // [G * H, R / heads], [G * H] or null
   const void *w_hr;           // [R, H] or null
   const void *s0[max_states]; // [B, R], then [B, H]
   void *seq[max_states];      // [N, R], then [N, H]; null where not wanted
@@ -90,10 +92,24 @@ inline int worth(int threads, int64_t multiply_adds) {
   return int(std::clamp<int64_t>(multiply_adds / 49152, 1, threads));
 }
 
-// Multiply-adds between two meetings. A unit that is not multiplied costs about what 64 of them do, and where there are
-// no means either, nobody meets before the end.
+// Whether so many threads that share rows have nothing to tell each other before the end: each has heads of its own.
+template <class Cell> bool apart(const Sequence &q, int threads) {
+  return !Cell::means && (!Cell::recurrent || (q.heads > 1 && q.heads % threads == 0));
+}
+
+// Multiply-adds between two meetings. A unit that is not multiplied costs about what 64 of them do.
 template <class Cell> int64_t work_of_a_step(const Sequence &q) {
-  return q.B * Cell::G * q.H * (Cell::recurrent ? q.R : Cell::means ? 64 : 64 * q.T);
+  return q.B * Cell::G * q.H * (Cell::recurrent ? q.head() : 64) * (apart<Cell>(q, q.threads) ? q.T : 1);
+}
+
+// The vectors [v0, v1) of units, head by head: each(head, from, to).
+template <class T, class Each> void by_heads(const Sequence &q, int64_t v0, int64_t v1, Each each) {
+  const int64_t wide = q.heads > 1 ? vectors<T>(q.head()) : std::max<int64_t>(v1, 1);
+  for (int64_t v = v0; v < v1;) {
+    const int64_t head = v / wide, end = std::min(v1, (head + 1) * wide);
+    each(head, v, end);
+    v = end;
+  }
 }
 
 // Where each group of rows begins, so that all have about the same number of tokens.
@@ -129,8 +145,8 @@ struct Team {
   std::vector<int64_t> cut;
   std::deque<Barrier> groups;
   Barrier all;
-  Team(const Sequence &q, Grid g, int size) : size(size), grid(g), cut(cut_rows(q, g.rows)), all(size) {
-    for (int k = 0; k < g.rows; k++) groups.emplace_back(g.units);
+  Team(const Sequence &q, Grid g, int size, bool apart) : size(size), grid(g), cut(cut_rows(q, g.rows)), all(size) {
+    for (int k = 0; k < g.rows; k++) groups.emplace_back(apart ? 1 : g.units);
   }
   ~Team() {
     int waits = all.waits;

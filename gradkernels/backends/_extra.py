@@ -26,7 +26,7 @@ class Extra(NamedTuple):
     packed row is its place in its step.
 
     d[0] is the first state `skip` steps of the walk before, of the same row, and zero where there was none; its adjoint joins dt[0]
-    of that step. With clip > 0 backward clamps dt[0], all that reaches h_t, to [-clip, clip] before anything is made of it.
+    of that step. With n heads weight_hh is [G*H, H/n] and the recurrence block-diagonal, see _heads.py. With clip > 0 backward clamps dt[0], all that reaches h_t, to [-clip, clip] before anything is made of it.
     """
 
     params: Tensor | None = None  # [P, H]
@@ -36,6 +36,7 @@ class Extra(NamedTuple):
     skip: int = 0  # steps; 0 unless the cell has a delayed state
     clip: float = 0  # 0: off
     first: int = 0  # number of the first token: a window of a longer sequence draws what is there
+    heads: int = 1  # blocks of weight_hh
 
 
 PLAIN = Extra()

@@ -5,7 +5,7 @@ after it; only the walk itself is a kernel. A backend hands its two walks to `fo
 that are allocated here: contiguous, on one device, in the storage of x unless said otherwise, and never without a token.
 
     walk_forward(cell, gates, w_hh, b_hh, w_hr, state, steps, seq, final, raw, acts, extra)
-        gates [N, G*H]; w_hh [G*H, R], [G*H, 0] of a cell without a recurrent product; b_hh [G*H] or None; w_hr [R, H] or None;
+        gates [N, G*H]; w_hh [G*H, R], without heads, [G*H, 0] of a cell without a recurrent product; b_hh [G*H] or None; w_hr [R, H] or None;
         state: S of [B, R], [B, H] ...; extra: see _extra.py, params and flags in the storage of x, contiguous
         fills seq: S of [N, R], [N, H] ..., None where not wanted; final: S of [B, ..]; raw [N, H] or None; acts [N, A, H] or None
     walk_backward(cell, grads, w_hh, w_hr, seq, raw, acts, state, steps, dgates, dr, operand, dproj, dstate, norms, dparams, extra)
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends._extra import PLAIN, Extra
+from gradkernels.backends._heads import dense
 from gradkernels.backends.reference import no_autocast, project, weight_gradients
 from gradkernels.cells import Cell
 
@@ -175,6 +176,7 @@ def forward(
 ) -> list[Tensor]:
     """[y, (other state sequences,) *final states, (raw,) (acts)], as the reference's."""
     H, lead = weight_hh.shape[0] // cell.G, x.shape[:-1]
+    weight_hh = dense(weight_hh, extra.heads)
     N = math.prod(lead)
     new = _allocate(x, lengths is not None)
     seq: list[Tensor] = [new(N, v.shape[1]) for v in (state if keep else state[:1])]
@@ -215,6 +217,7 @@ def backward(
     """[each needed gradient of x, the weights and params, *dstate, (norms)], or with `gates` what those are made of."""
     S, GH, lead = cell.S, weight_hh.shape[0], x.shape[:-1]
     H, N, B = GH // cell.G, math.prod(lead), state[0].shape[0]
+    weight_hh = dense(weight_hh, extra.heads)
     T = lead[0] if batch_sizes is None else batch_sizes.shape[0]
     new = _allocate(x, lengths is not None)
     dgates = new(N, GH)
@@ -253,7 +256,7 @@ def backward(
             elif batch_sizes is not None:
                 sizes = batch_sizes if steps is None else steps.rows
             out += weight_gradients(
-                cell, dgates, dr, operand, dproj, dparams, _rows(inputs), y, raw, h0, sizes, reverse, need
+                cell, dgates, dr, operand, dproj, dparams, _rows(inputs), y, raw, h0, sizes, reverse, need, extra.heads
             )  # fmt: skip
         out = [v.to(x.dtype) for v in out]
     out += dstate

@@ -95,8 +95,9 @@ def mapped_backward(N, dims, args, call):
         y, h0 = rows(folded[7 + S]), layout.batch(reference.precise(state[0]))
         with reference.no_autocast(x.device):
             products = reference.weight_gradients(
-                c, dgates, dr, operand, dproj, dparams, rows(x), y, raw, h0, layout.batch_sizes, reverse, need, mapped=N
-            )
+                c, dgates, dr, operand, dproj, dparams, rows(x), y, raw, h0, layout.batch_sizes, reverse, need,
+                how[-1], mapped=N,
+            )  # fmt: skip
         got += [v.to(x.dtype) for v in products]
         where += [0] * len(products)
     return (*got, *ends[0]), (*where, *ends[1])
@@ -108,7 +109,7 @@ def mapped_backward(N, dims, args, call):
 class Recurrent(Function):
     """(state sequences, final states, (raw,) acts) of (x, weights, params, state).
 
-    how: what is no tensor, (cell, reverse, backend, noise, skip, clip, first), the last four as in Extra.
+    how: what is no tensor, (cell, reverse, backend, noise, skip, clip, first, heads), the last five as in Extra.
 
     The input projection is inside: double backward then needs x, not the gates, which are G planes more to keep."""
 
@@ -229,10 +230,10 @@ class RecurrentBackward(Function):
 
 def bundle(params, seed, flags, how):
     """The Extra of a call."""
-    _, _, _, noise, skip, clip, first = how
-    if params is None and not (noise or skip or clip or first):
+    _, _, _, noise, skip, clip, first, heads = how
+    if params is None and not (noise or skip or clip or first) and heads == 1:
         return PLAIN
-    return Extra(params, seed, noise, flags, skip, clip, first)
+    return Extra(params, seed, noise, flags, skip, clip, first, heads)
 
 
 def eager(base):

@@ -42,7 +42,7 @@ def call(
         fast or torch.compiler.is_compiling() or not torch._C._is_tracing()
     ):  # jit.trace leaves the checks to the operator
         try:
-            check_forward(c, *tensors, state, batch_sizes, lengths)
+            check_forward(c, *tensors, state, batch_sizes, lengths, extra.heads)
             # in a graph the operator checks it: there numbers may be symbols
             if (extra is not PLAIN or c.P or c.M or c.D) and not torch.compiler.is_compiling():
                 check_extra(c, tensors[0], tensors[3], extra)
@@ -50,7 +50,7 @@ def call(
             check_types((*tensors, *(state or ()), batch_sizes, lengths), extra.params)
             raise
     if state is None:
-        state = zeros(c, tensors[0], tensors[3], batch_sizes)  # as autocast left them
+        state = zeros(c, tensors[0], tensors[3], batch_sizes, extra.heads)  # as autocast left them
     if probe is not None:
         probe = check_probe(probe, c, tensors[0].device)
     S, keep = c.S, 1 if every_state else 0
@@ -63,8 +63,8 @@ def call(
         function = _wants_function((*tensors, *state, probe, extra.params))
     name = name or op.name_of(c)
     if function:
-        params, seed, noise, flags, skip, clip, first = extra
-        how = name, reverse, backend, noise, skip, clip, first
+        params, seed, noise, flags, *more = extra
+        how = name, reverse, backend, noise, *more
         out = apply(Recurrent)(how, batch_sizes, lengths, seed, flags, *tensors, params, probe, *state)
         return tuple(out[:S]) if every_state else out[0], tuple(out[S : 2 * S])
     out = op.forward(name, *tensors, list(state), batch_sizes, lengths, reverse, keep, backend, extra)
@@ -114,7 +114,7 @@ def autocast(tensors, state, extra):
     return tuple(cast(v) for v in tensors), None if state is None else [cast(v) for v in state], extra
 
 
-def zeros(cell: Cell, x: Tensor, weight_hh: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:
+def zeros(cell: Cell, x: Tensor, weight_hh: Tensor, batch_sizes: Tensor | None, heads: int) -> list[Tensor]:
     """Initial states when none are given."""
     if batch_sizes is None:
         B = x.shape[1]
@@ -123,7 +123,7 @@ def zeros(cell: Cell, x: Tensor, weight_hh: Tensor, batch_sizes: Tensor | None) 
         if B < 0:
             raise RuntimeError(f"batch_sizes must not be negative, got {B}")
     H = weight_hh.shape[0] // cell.G
-    return [x.new_zeros(B, n) for n in (weight_hh.shape[1] if cell.recurrent else H, *[H] * (cell.S - 1))]
+    return [x.new_zeros(B, n) for n in (weight_hh.shape[1] * heads if cell.recurrent else H, *[H] * (cell.S - 1))]
 
 
 def check_probe(probe: Tensor, cell: Cell, device: torch.device) -> Tensor | None:

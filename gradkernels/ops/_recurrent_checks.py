@@ -38,6 +38,7 @@ def check_forward(
     state: Sequence[Tensor] | None,  # None: zeros will be made to fit
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    heads: int = 1,
 ) -> None:
     """Shapes, dtypes and devices of a forward call."""
     dtype, device = x.dtype, x.device
@@ -51,7 +52,11 @@ def check_forward(
     G, wide = cell.G, w[0]
     if wide % G:
         _wrong("weight_hh", weight_hh, (f"{G} * H", "H"), f" for {cell.name}")
-    H, R = wide // G, w[1]
+    H, R = wide // G, w[1] * heads
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    if heads > 1 and (weight_hr is not None or not cell.recurrent):
+        raise ValueError(f"heads of {cell.name} need a recurrent product without weight_hr")
     if not cell.recurrent:
         if R:
             _wrong("weight_hh", weight_hh, (wide, 0), f" for {cell.name}, which has no recurrent product")
@@ -103,8 +108,10 @@ def check_forward(
     if bias_hh is not None and bias_hh.shape != (wide,):
         _wrong("bias_hh", bias_hh, (wide,), f" beside weight_hh {list(w)}")
     if weight_hr is None:
-        if R != H:
+        if R != H and heads == 1:
             _wrong("weight_hh", weight_hh, (wide, H), f" for {cell.name} without weight_hr")
+        if R != H:
+            _wrong("weight_hh", weight_hh, (wide, f"{H} / {heads}"), f" for {cell.name} with {heads} heads")
     else:
         if weight_hr.shape != (R, H):
             _wrong("weight_hr", weight_hr, (R, H), f" beside weight_hh {list(w)}")
@@ -131,7 +138,7 @@ def check_forward(
 
 def check_extra(cell: Cell, x: Tensor, weight_hh: Tensor, extra: Extra) -> None:
     """Parameters, masks, delay and clipping of a call, after `check_forward`."""
-    params, seed, noise, flags, skip, clip, first = extra
+    params, seed, noise, flags, skip, clip, first, _ = extra
     P, M, H, shape = cell.P, cell.M, weight_hh.shape[0] // cell.G, x.shape
     if (params is not None) != (P > 0):
         got = "none" if params is None else list(params.shape)
@@ -199,7 +206,7 @@ def check_backward(
 ) -> None:
     """Shapes, dtypes and devices of a backward call: what `saved` and `grads` hold comes back through autograd, whose
     saved-tensor hooks belong to the user."""
-    check_forward(cell, x, weight_ih, None, weight_hh, None, weight_hr, state, batch_sizes, lengths)
+    check_forward(cell, x, weight_ih, None, weight_hh, None, weight_hr, state, batch_sizes, lengths, extra.heads)
     if extra is not PLAIN or cell.P or cell.M or cell.D:
         check_extra(cell, x, weight_hh, extra)
     S, H, lead = cell.S, weight_hh.shape[0] // cell.G, x.shape[:-1]

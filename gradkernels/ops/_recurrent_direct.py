@@ -128,7 +128,7 @@ op.lib.impl("recurrent_backward", differentiable(op.backward_op, backward_deriva
 
 def how_of(cell, reverse, backend, extra):
     """What is no tensor of a call, as the Functions take it."""
-    return cell, reverse, backend, extra.noise, extra.skip, extra.clip, extra.first
+    return cell, reverse, backend, extra.noise, extra.skip, extra.clip, extra.first, extra.heads
 
 
 def vmap_forward(info, dims, *args):

@@ -27,7 +27,7 @@ from gradkernels.ops._recurrent_checks import (
 
 lib = torch.library.Library("gradkernels", "DEF")
 # what is in Extra, in its order; a program that was exported before there was any of it still runs
-_EXTRA = "Tensor? params=None, Tensor? seed=None, float[] noise=[], Tensor? flags=None, int skip=0, float clip=0.0, int first=0"
+_EXTRA = "Tensor? params=None, Tensor? seed=None, float[] noise=[], Tensor? flags=None, int skip=0, float clip=0.0, int first=0, int heads=1"
 lib.define(
     "recurrent_forward(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
     "Tensor[] state, Tensor? batch_sizes, Tensor? lengths, bool reverse, int keep, str? backend, "
@@ -151,7 +151,7 @@ def _forward_op(cell, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengt
     projection, if there is one, and acts [N, A, H]."""
     c, extra = cell_of(cell), extra_of(more)
     check_dense(x, w_ih, b_ih, w_hh, b_hh, w_hr, batch_sizes, lengths, *state, *tensors_of(extra))
-    check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths)
+    check_forward(c, x, w_ih, b_ih, w_hh, b_hh, w_hr, state, batch_sizes, lengths, extra.heads)
     check_extra(c, x, w_hh, extra)
     if keep not in (0, 1, 2):
         raise ValueError(f"keep must be 0, 1 or 2, got {keep}")

@@ -90,8 +90,6 @@ def check_options(c: Cell, o: Options) -> None:
         )
     if not o.clip_grad >= 0:
         raise ValueError(f"clip_grad must not be negative, got {o.clip_grad}")
-    if o.heads < 1:
-        raise ValueError(f"heads must be at least 1, got {o.heads}")
     if o.recompute < 0:
         raise ValueError(f"recompute must be a number of steps, or 0 for none, got {o.recompute}")
     if o.recompute and o.skip:
@@ -102,11 +100,9 @@ def run(c: Cell, name: str | None, given: Call, o: Options) -> tuple[Tensor | Te
     """The call with everything around it."""
     check_options(c, o)
     name = name or op.name_of(c)
-    if o.heads > 1:
-        return _by_heads(c, name, given, o)
     tensors, state, batch_sizes, lengths = given.tensors, given.state, given.batch_sizes, given.lengths
     if torch.compiler.is_compiling() or not torch._C._is_tracing():
-        check_forward(c, *tensors, state, batch_sizes, lengths)
+        check_forward(c, *tensors, state, batch_sizes, lengths, o.heads)
     x, probe = tensors[0], given.probe
     if o.training and o.weight_drop:
         tensors = (*tensors[:3], F.dropout(tensors[3], o.weight_drop), *tensors[4:])
@@ -129,10 +125,10 @@ def run(c: Cell, name: str | None, given: Call, o: Options) -> tuple[Tensor | Te
         if probe is not None:
             probe = F.pad(probe[:, : c.S + 2], (hidden, 0))
     inner = op.cell_of(name)
-    extra = Extra(given.params, seed, noise, flags, o.skip, float(o.clip_grad))
+    extra = Extra(given.params, seed, noise, flags, o.skip, float(o.clip_grad), heads=o.heads)
     how = batch_sizes, lengths, given.reverse, probe, given.every_state or hidden > 0, given.backend
     if o.recompute:
-        state = zeros(inner, x, tensors[3], batch_sizes) if state is None else state
+        state = zeros(inner, x, tensors[3], batch_sizes, o.heads) if state is None else state
         seq, final = by_windows(o.recompute, inner, name, tensors, state, *how, extra)
     else:
         seq, final = call(inner, name, tensors, state, *how, extra)
@@ -164,38 +160,3 @@ def _first_mask(seed: Tensor, planes: Sequence[tuple[float, float, float]], h: T
     p, high, kind = planes[-1]
     row = (len(planes) - (kind == FIXED) << 32) + torch.arange(h.shape[0], device=h.device)
     return philox.kept(seed, p, row.unsqueeze(1), torch.arange(h.shape[1], device=h.device)).to(h.dtype) * high
-
-
-def _by_heads(c: Cell, name: str, given: Call, o: Options) -> tuple[Tensor | Tensors, Tensors]:
-    """Block-diagonal recurrence: each head is a call of its own, unless a mean joins them."""
-    (x, w_ih, b_ih, w, b_hh, w_hr), G, n, one = given.tensors, c.G, o.heads, o._replace(heads=1)
-    if w_hr is not None or not c.recurrent:
-        raise ValueError(f"heads of {c.name} need a recurrent product without weight_hr")
-    H = w.shape[0] // G
-    if w.dim() != 2 or w.shape[0] % (G * n) or w.shape[1] * n != H:
-        raise RuntimeError(f"weight_hh must have shape [{G} * H, H / {n}] with {n} heads, got {list(w.shape)}")
-    if c.means:
-        blocks = w.view(G, n, H // n, 1, H // n) * torch.eye(n, dtype=w.dtype, device=w.device).view(1, n, 1, n, 1)
-        dense = (x, w_ih, b_ih, blocks.reshape(G * H, H), b_hh, w_hr)
-        return run(c, name, given._replace(tensors=dense), one)
-    check_forward(c, x, w_ih, b_ih, w.new_empty(1).expand(G * H, H), b_hh, None, *given[2:5])
-    rows = lambda v: [None] * n if v is None else [u.flatten(0, 1) for u in v.unflatten(0, (G, n, H // n)).unbind(1)]
-    if w_ih is None:
-        xs = [u.flatten(-2) for u in x.unflatten(-1, (G, n, H // n)).unbind(-2)]
-    else:
-        xs = [x] * n
-    columns = lambda v: [None] * n if v is None else v.chunk(n, 1)
-    states = [None] * n if given.state is None else list(zip(*map(columns, given.state)))
-    each = zip(xs, rows(w_ih), rows(b_ih), rows(w), rows(b_hh), [None] * n)
-    outs = []
-    for k, (tensors, params, state) in enumerate(zip(each, columns(given.params), states)):
-        probe = given.probe
-        if k and probe is not None:  # squares of all heads add up, rows are counted once
-            probe = probe * (torch.arange(probe.shape[1], device=probe.device) != c.S)
-        seed = None if o.seed is None else o.seed + k
-        part = given._replace(tensors=tensors, params=params, state=state, probe=probe)
-        outs.append(run(c, name, part, one._replace(seed=seed)))
-    wide = lambda parts: torch.cat(parts, -1)
-    seqs = [y for y, _ in outs]
-    seq = tuple(map(wide, zip(*seqs))) if given.every_state else wide(seqs)
-    return seq, tuple(map(wide, zip(*(final for _, final in outs))))

@@ -56,7 +56,7 @@ class Windowed(Function):
     @staticmethod
     def forward(ctx, how, batch_sizes, lengths, seed, flags, x, w_ih, b_ih, w_hh, b_hh, w_hr, params, probe, *state):
         name, reverse, backend, *_, size, every_state = how
-        each = list(windows(size, x, batch_sizes, lengths, bundle(params, seed, flags, how[:7])))
+        each = list(windows(size, x, batch_sizes, lengths, bundle(params, seed, flags, how[:8])))
         S, seqs, borders = len(state), [None] * len(each), [None] * len(each)
         for k in reversed(range(len(each))) if reverse else range(len(each)):
             w, borders[k] = each[k], state
@@ -75,7 +75,7 @@ class Windowed(Function):
         kept = ctx.saved_tensors  # each time that it is asked it unpacks them all
         batch_sizes, lengths, seed, flags, *inputs, params, probe = kept[:12]
         borders = [kept[k : k + ctx.S] for k in range(12, len(kept), ctx.S)]
-        extra, c = bundle(params, seed, flags, ctx.how[:7]), op.cell_of(name)
+        extra, c = bundle(params, seed, flags, ctx.how[:8]), op.cell_of(name)
         if differentiated():
             first = borders[-1 if reverse else 0]
             values = [*inputs, params, probe, *first]
@@ -142,8 +142,8 @@ def by_windows(
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensors[0].device.type):
         tensors, state, extra = autocast(tensors, state, extra)
     check_extra(cell, tensors[0], tensors[3], extra)
-    params, seed, noise, flags, skip, clip, first = extra
-    fixed = name, reverse, backend, noise, skip, clip, first, size, every_state
+    params, seed, noise, flags, *more = extra
+    fixed = name, reverse, backend, noise, *more, size, every_state
     out = Windowed.apply(fixed, batch_sizes, lengths, seed, flags, *tensors, params, probe, *state)
     S = cell.S
     return out[: len(out) - S] if every_state else out[0], tuple(out[len(out) - S :])

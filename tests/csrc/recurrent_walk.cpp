@@ -57,6 +57,8 @@ public:
     else if (random.chance(0.06)) // many vectors of units for few rows
       q.T = 3, q.B = 2, q.I = 5, q.H = 129;
     q.projected = std::string(Cell::name) == "lstm" && random.chance(0.4);
+    q.heads = !q.projected && Cell::recurrent && random.chance(0.3) ? 2 + random.below(3) : 1;
+    if (q.heads > 1) q.H = q.heads * lanes<T> * (1 + random.below(2));
     if (!q.projected) q.R = q.H;
     q.gates_given = random.chance(0.2), q.reverse = random.chance(0.4);
     q.layout = Layout(random.below(3));
@@ -72,14 +74,14 @@ public:
 
     constexpr int G = Cell::G, S = Cell::S;
     const int64_t N = q.tokens(), K = G * q.H;
-    const double in = 2 / std::sqrt(double(q.I)), back = 1.2 / std::sqrt(double(q.R));
+    const double in = 2 / std::sqrt(double(q.I)), back = 1.2 / std::sqrt(double(q.head()));
     if (q.gates_given)
       q.x = values(N * K, 2);
     else {
       q.x = values(N * q.I, 1.5), q.w_ih = values(K * q.I, in);
       q.b_ih = maybe(K, 0.5);
     }
-    q.w_hh = values(Cell::recurrent ? K * q.R : 0, back), q.b_hh = maybe(K, 0.5);
+    q.w_hh = values(Cell::recurrent ? K * q.head() : 0, back), q.b_hh = maybe(K, 0.5);
     if (q.projected) q.w_hr = values(q.R * q.H, 1.5 / std::sqrt(double(q.H)));
     for (int k = 0; k < S; k++) {
       q.s0.push_back(values(q.B * q.size(k), 1));
@@ -148,7 +150,8 @@ class Inputs {
   template <class Args> Args sequence(const Layer &q) {
     Args args{};
     args.params = put(q.params), args.flags = put(q.flags), args.noise = q.noise.data();
-    args.seed = q.seeded ? &q.seed : nullptr, args.first_number = q.first_number, args.skip = q.skip;
+    args.seed = q.seeded ? &q.seed : nullptr, args.first_number = q.first_number, args.skip = q.skip,
+    args.heads = q.heads;
     args.T = q.T, args.B = q.B, args.I = q.gates_given ? 0 : q.I, args.H = q.H, args.R = q.R, args.reverse = q.reverse;
     if (q.layout == Layout::dense) return args;
     std::vector<int64_t> rows(q.T), order(q.B);
@@ -353,10 +356,11 @@ template <class Cell, class P> void walk(Random &random, const std::string &labe
     tally.tensors += out[k].count();
     if (wrong.empty()) continue;
     static constexpr const char *layouts[] = {"dense", "padded", "packed"};
-    std::printf("%s %s%s%s, T=%d B=%d I=%d H=%d R=%d, %s%s, keep %d, %d threads, caller %d of %d:%s\n", label.c_str(),
-                Cell::name, std::is_same_v<T, P> ? "" : " (panels of another type)", q.gates_given ? " from gates" : "",
-                int(q.T), int(q.B), int(q.I), int(q.H), int(q.R), layouts[int(q.layout)], q.reverse ? " reversed" : "",
-                w.keep, 1 + (threads + k) % 4, k + 1, callers, wrong.c_str());
+    std::printf("%s %s%s%s, T=%d B=%d I=%d H=%d R=%d heads=%d, %s%s, keep %d, %d threads, caller %d of %d:%s\n",
+                label.c_str(), Cell::name, std::is_same_v<T, P> ? "" : " (panels of another type)",
+                q.gates_given ? " from gates" : "", int(q.T), int(q.B), int(q.I), int(q.H), int(q.R), int(q.heads),
+                layouts[int(q.layout)], q.reverse ? " reversed" : "", w.keep, 1 + (threads + k) % 4, k + 1, callers,
+                wrong.c_str());
     tally.failures++;
   }
 }

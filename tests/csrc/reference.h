@@ -55,7 +55,7 @@ enum class Layout { dense, padded, packed };
 
 // Dims: N tokens, T steps, B rows, I inputs, H units, R width of h, G gates, S states, P parameters, A kept values.
 struct Layer {
-  int64_t T, B, I, H, R;
+  int64_t T, B, I, H, R, heads;
   bool projected, gates_given, reverse;
   Layout layout;
   std::vector<int64_t> lengths;           // [B] of each row; longest first where packed
@@ -73,6 +73,8 @@ struct Layer {
   Values dgates, dr, v, dproj, norms; // [N, G * H], [N, G * H], [N, H], [N, R], [T, S + 1]
 
   int64_t size(int k) const { return k ? H : R; }
+  int64_t head() const { return R / heads; }
+  int64_t sees(int64_t row) const { return heads > 1 ? row % H / head() * head() : 0; } // from which value of h on
   int64_t tokens() const {
     return layout == Layout::packed ? std::accumulate(lengths.begin(), lengths.end(), int64_t(0)) : T * B;
   }
@@ -123,7 +125,7 @@ public:
         const auto recurrent = [&](int from, int to, const double *a) {
           for (int g = from; g < to; g++)
             for (int64_t j = 0; j < H; j++)
-              r[g][j] = dot(q.w_hh, g * H + j, a, R) + (q.b_hh.empty() ? 0 : q.b_hh[g * H + j]);
+              r[g][j] = dot(q.w_hh, g * H + j, a + q.sees(j), q.head()) + (q.b_hh.empty() ? 0 : q.b_hh[g * H + j]);
         };
         for (int g = 0; g < G; g++)
           for (int64_t j = 0; j < H; j++)
@@ -278,8 +280,8 @@ private:
       });
       for (int64_t m = 0; m < Q * H; m++) {
         const int64_t row = K - Q * H + m;
-        add(dv.data(), second[m], &q.w_hh[row * R], R);
-        add(&q.dw_hh[row * R], second[m], &q.v[n * H], R);
+        add(&dv[q.sees(row)], second[m], &q.w_hh[row * q.head()], q.head());
+        add(&q.dw_hh[row * q.head()], second[m], &q.v[n * H + q.sees(row)], q.head());
       }
     }
     using Step = typename gk::Functions<Cell>::Backward;
@@ -313,8 +315,8 @@ private:
       const double in = q.dgates[n * K + m], back = q.dr[n * K + m];
       q.db_ih[m] += in, q.db_hh[m] += back;
       if (Cell::recurrent && m < K - Q * H) {
-        add(&q.dw_hh[m * R], back, entering(0), R);
-        add(carry[0], back, &q.w_hh[m * R], R);
+        add(&q.dw_hh[m * q.head()], back, entering(0) + q.sees(m), q.head());
+        add(carry[0] + q.sees(m), back, &q.w_hh[m * q.head()], q.head());
       }
       if (!q.gates_given) add(&q.dw_ih[m * I], in, &q.x[n * I], I);
     }

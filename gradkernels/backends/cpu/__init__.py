@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradkernels.backends._extra import PLAIN, Extra
+from gradkernels.backends._heads import blocks, dense
 from gradkernels.cells import CELLS, Cell
 from gradkernels.cells.codegen import COMPILED
 
@@ -111,9 +112,15 @@ def addresses(tensors: list[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _sizes(x: Tensor, T: int, H: int, state: list[Tensor], reverse: bool, extra: Extra) -> list[int]:
+def _sizes(x: Tensor, T: int, H: int, state: list[Tensor], reverse: bool, extra: Extra, heads: int) -> list[int]:
     B, R = state[0].shape
-    return [T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), extra.first, extra.skip]
+    return [T, B, x.shape[-1], H, R, reverse, torch.get_num_threads(), extra.first, extra.skip, heads]
+
+
+def _blocks(weight_hh: Tensor, heads: int) -> tuple[Tensor, int]:
+    """The recurrent matrix as the kernels take it, and its heads: those are whole vectors of units, or it is made dense."""
+    lanes = build().vector_bytes // (8 if weight_hh.dtype == torch.float64 else 4)
+    return (weight_hh, heads) if heads == 1 or weight_hh.shape[1] % lanes == 0 else (dense(weight_hh, heads), 1)
 
 
 def forward(
@@ -141,6 +148,7 @@ def forward(
     if N == 0:
         final = [s.clone() for s in state]
     else:
+        weight_hh, heads = _blocks(weight_hh, extra.heads)
         final = [torch.empty_like(s) for s in state]
         wanted = [*seq, *[None] * (cell.S - len(seq))]
         tensors = [
@@ -148,7 +156,7 @@ def forward(
             x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, raw, acts, *state, *wanted, *final,
         ]  # fmt: skip
         build().recurrent(
-            entries(cell, x.dtype)[0], _sizes(x, T, H, state, reverse, extra), extra.noise, addresses(tensors)
+            entries(cell, x.dtype)[0], _sizes(x, T, H, state, reverse, extra, heads), extra.noise, addresses(tensors)
         )
     return [t for t in (*seq, *final, raw, acts) if t is not None]
 
@@ -174,6 +182,7 @@ def backward(
     shape, GH = x.shape[:-1], weight_hh.shape[0]
     T, steps = _steps(x, B, batch_sizes, lengths)
     tokenless, ragged = x.numel() == 0, lengths is not None
+    weight_hh, heads = _blocks(weight_hh, extra.heads)
     raw, acts = (None if weight_hr is None else saved[cell.S]), saved[-1]
 
     def like(wanted: bool, *size: int, rows: bool = False) -> Tensor | None:
@@ -203,8 +212,11 @@ def backward(
             dgates, dr, v, dproj, dp, size,
         ]  # fmt: skip
         build().recurrent(
-            entries(cell, x.dtype)[1], _sizes(x, T, H, state, reverse, extra), [*extra.noise, extra.clip], addresses(tensors)
+            entries(cell, x.dtype)[1], _sizes(x, T, H, state, reverse, extra, heads), [*extra.noise, extra.clip],
+            addresses(tensors),
         )  # fmt: skip
+    if dw_hh is not None and heads != extra.heads:
+        dw_hh = blocks(dw_hh, extra.heads)
     first = (
         [dgates, dr, v, dproj, dp]
         if gates

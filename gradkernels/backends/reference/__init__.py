@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradkernels.backends._extra import FIXED, GIVEN, PLAIN, Extra
+from gradkernels.backends._heads import dense, head_by_head
 from gradkernels.backends._unroll import unroll, unroll_backward, unroll_tangent
 from gradkernels.backends.reference import philox
 
@@ -160,7 +161,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.t().float() @ b.float()
 
 
-def weight_gradients(cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, batch_sizes, reverse, need, mapped=None):
+def weight_gradients(
+    cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, batch_sizes, reverse, need, heads=1, mapped=None
+):
     """Gradients of (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params), in that order, those that `need[1:]` asks for.
 
     Everything is rows: dgates, dr [N, G*H], operand [N, H], dproj [N, R], dparams [N, P*H], x [N, I], y [N, R], raw [N, H];
@@ -175,6 +178,7 @@ def weight_gradients(cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, b
         of, total = product, lambda a: a.sum(0)
     H = dr.shape[1] // cell.G
     K = dr.shape[1] - len(cell.second) * H
+    recurrent = head_by_head(of, heads)
     out = []
     if need[1]:
         out.append(of(dgates, x))
@@ -185,9 +189,9 @@ def weight_gradients(cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, b
     elif need[3]:
         first = dr[:, :K]
         if h0 is None:
-            dw = of(first, y)
+            dw = recurrent(first, y)
         elif batch_sizes is not None:
-            dw = of(first, previous(y, h0, batch_sizes, reverse))
+            dw = recurrent(first, previous(y, h0, batch_sizes, reverse))
         else:
             n = max(0, y.shape[0] - h0.shape[0])
             start, others, before = (
@@ -195,8 +199,8 @@ def weight_gradients(cell, dgates, dr, operand, dproj, dparams, x, y, raw, h0, b
                 if reverse
                 else (first[: first.shape[0] - n], first[first.shape[0] - n :], y[:n])
             )
-            dw = of(start, h0[: start.shape[0]]) + of(others, before)
-        out.append(torch.cat([dw, of(dr[:, K:], operand)], -2) if cell.second else dw)
+            dw = recurrent(start, h0[: start.shape[0]]) + recurrent(others, before)
+        out.append(torch.cat([dw, recurrent(dr[:, K:], operand)], -2) if cell.second else dw)
     if need[4]:
         out.append(db.clone() if need[2] and dr is dgates else total(dr))
     if need[5]:
@@ -237,6 +241,7 @@ def forward(
     x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params = map(
         precise, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, extra.params)
     )
+    weight_hh = dense(weight_hh, extra.heads)
     with no_autocast(x.device):
         gates = project(at.rows(x), weight_ih, bias_ih)
         first = [at.batch(precise(v)) for v in state]
@@ -272,6 +277,7 @@ def backward(
     """[each needed gradient of x, the weights and params, *dstate, (norms)], or with `gates` what those are made of; see the op."""
     S, dtype, at = cell.S, x.dtype, Layout(x, state[0].shape[0], batch_sizes, lengths)
     x, weight_ih, weight_hh, weight_hr, params = map(precise, (x, weight_ih, weight_hh, weight_hr, extra.params))
+    weight_hh = dense(weight_hh, extra.heads)
     seq, acts = [at.rows(precise(v)) for v in saved[:S]], at.kept(precise(saved[-1]))
     raw = None if weight_hr is None else at.kept(precise(saved[S]))
     first = [at.batch(precise(v)) for v in state]
@@ -290,8 +296,9 @@ def backward(
                 out.append(at.spread(dgates if weight_ih is None else dgates @ weight_ih))
             rows = at.rows(x) if need[1] else None
             out += weight_gradients(
-                cell, dgates, dr, operand, dproj, dparams, rows, seq[0], raw, first[0], at.batch_sizes, reverse, need
-            )
+                cell, dgates, dr, operand, dproj, dparams, rows, seq[0], raw, first[0], at.batch_sizes, reverse, need,
+                extra.heads,
+            )  # fmt: skip
     out = [*(v.to(dtype) for v in out), *(at.unbatch(v).to(dtype, copy=True) for v in ds)]
     return [*out, size] if norms else out
 
@@ -305,6 +312,7 @@ def tangent(cell, primal, moving, state, dstate, batch_sizes, lengths, reverse, 
         map(precise, primal),
         map(precise, moving),
     )
+    w_hh, dw_hh = (v if v is None else dense(v, extra.heads) for v in (w_hh, dw_hh))
     with no_autocast(x.device):
         x = at.rows(x)
         gates = project(x, w_ih, b_ih)
