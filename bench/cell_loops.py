@@ -28,7 +28,11 @@ class Weights(nn.Module):
 
 
 def product(w: Weights, h: Tensor) -> Tensor:
-    return F.linear(h, w.weight_hh, w.bias_hh)
+    K = w.weight_hh.shape[1]
+    if K == h.shape[1]:
+        return F.linear(h, w.weight_hh, w.bias_hh)
+    h, blocks = h.unflatten(1, (-1, K)), w.weight_hh.view(-1, h.shape[1] // K, K, K)  # [B, heads, K], [G, heads, K, K]
+    return torch.einsum("bnk,gnjk->bgnj", h, blocks).flatten(1) + w.bias_hh
 
 
 def norm(v: Tensor, gain: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class CellRow(Case):
     zoneout: float = 0.0
     variational: float = 0.0
     skip: int = 0
+    heads: int = 1
     periods: tuple[int, ...] = ()
     recompute: int = 0
     plain: str = ""  # the cell of `ours_plain`
@@ -47,6 +48,7 @@ class CellRow(Case):
             f"zoneout {self.zoneout:g}" * bool(self.zoneout),
             f"variational {self.variational:g}" * bool(self.variational),
             f"skip {self.skip}" * bool(self.skip),
+            f"{self.heads} heads" * (self.heads > 1),
             f"periods {','.join(map(str, self.periods))}" * bool(self.periods),
             f"recompute {self.recompute}" * bool(self.recompute),
             {"memory": "peak memory", "first step": "first step"}.get(self.kind, ""),
@@ -68,7 +70,7 @@ class CellRow(Case):
         c = self.definition()
         total = 0
         for width, units, steps in self.groups():
-            total += steps * self.B * 2 * c.G * units * (width + (units if c.recurrent else 0))
+            total += steps * self.B * 2 * c.G * units * (width + (units // self.heads if c.recurrent else 0))
         return total * (3 if self.mode == "training" else 1)
 
     def groups(self) -> list[tuple[int, int, int]]:
@@ -120,6 +122,7 @@ def cell_rows() -> list[Case]:
     add("inside the step", "lstm", "lstm", variational=0.25)
     # not of a GRU: both of its paths from one h to the next have weights near 1, and numbers grow by 1.2 a step
     add("inside the step", "lstm", "lstm", NEAR, one=True, skip=8)
+    add("inside the step", "lstm", "lstm", one=True, heads=4)
     add("inside the step", "gru", "gru", periods=(1, 2, 4, 8))
     add("a cell of your own", OWN, "lstm", 1 / 1.3, gates=1 / 4)
     first = ("ours", "ours_cold", "loop")
@@ -145,7 +148,7 @@ def ours(case: CellRow) -> nn.Module:
     cell = case.cell if case.cell != OWN else case.definition()
     if case.periods:
         return gk.nn.MultiScaleRNN(cell, case.H, case.H, periods=case.periods, backend=case.backend)
-    options = {"zoneout": case.zoneout, "variational": case.variational, "skip": case.skip, "recompute": case.recompute}
+    options = {k: getattr(case, k) for k in ("zoneout", "variational", "skip", "heads", "recompute")}
     layer = gk.nn.Recurrent(cell, case.H, case.H, backend=case.backend, **options)
     with torch.no_grad():
         for text, _, _ in case.definition().params:

@@ -299,6 +299,7 @@ def with_options(row: Row) -> str:
         f"zoneout {row['zoneout']:g}" * bool(row["zoneout"]),
         f"variational {row['variational']:g}" * bool(row["variational"]),
         f"skip {row['skip']}" * bool(row["skip"]),
+        f"{row['heads']} heads" * (row["heads"] > 1),
         f"{len(row['periods'])} time scales" * bool(row["periods"]),
     ]
     title = TITLES.get(row["cell"], row["cell"].replace("_", " "))

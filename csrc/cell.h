@@ -6,23 +6,20 @@
 
 namespace gk {
 
-// Which part of a function that is cut at its means.
+// Which part of a function that is cut at its means; and what follows from the means of a round alone.
 template <int K> struct Round {};
+template <int K> struct Row {};
 struct NoRounds {
-  static constexpr int count = 0, kept = 0, means[] = {0};
+  static constexpr int count = 0, kept = 0, rows[] = {0}, means[] = {0};
 };
 template <int K> constexpr int number(Round<K>) { return K; }
-template <class Rounds> constexpr int all_means() {
+// How many values of the row are known before a round.
+template <class Rounds> constexpr int known_of_row(int round) {
   int n = 0;
-  for (int m : Rounds::means) n += m;
+  for (int k = 0; k < round; k++) n += Rounds::means[k] + Rounds::rows[k];
   return n;
 }
-// How many means are known before a round.
-template <class Rounds> constexpr int known_means(int round) {
-  int n = 0;
-  for (int k = 0; k < round; k++) n += Rounds::means[k];
-  return n;
-}
+template <class Rounds> constexpr int all_of_row() { return known_of_row<Rounds>(Rounds::count); }
 
 // Parameters, masks and the delayed value of one unit, or as many units as V has lanes.
 template <class Cell, class V> struct Extras {

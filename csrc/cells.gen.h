@@ -16,8 +16,8 @@
 // Where Q > 0: v is what the last Q products are taken of, dv its adjoint. Results may not overlap with arguments.
 //
 // Where a cell has means over the units of a row, a function f is in rounds: f(Round<k>, .., kept, mean, out) computes what
-// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: all means of
-// earlier rounds, one after the other; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
+// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: what is known of
+// the row, round after round, its means and then f_rounds::rows[k] values that f(Row<k>, mean) makes of means alone; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
 namespace gk {
 
 struct LstmCell {

@@ -31,7 +31,7 @@ template <class Cell, class T, class... F> class Rounds {
   V *const values; // [NV, kept]
 
   template <class f, int k, class Each> void from(V *mean, Each each) const {
-    constexpr int known = known_means<typename f::Rounds>(k), more = f::Rounds::means[k];
+    constexpr int known = known_of_row<typename f::Rounds>(k), more = f::Rounds::means[k];
     V sum[more + 1], out[more + 1];
     for (int j = 0; j < more; j++) sum[j] = 0;
     for (int64_t v = 0; v < NV; v++) {
@@ -41,6 +41,7 @@ template <class Cell, class T, class... F> class Rounds {
       for (int j = 0; j < more; j++) sum[j] += left < L ? within(out[j], left) : out[j];
     }
     for (int j = 0; j < more; j++) mean[known + j] = V(gk::sum(sum[j]) / Real<T>(H));
+    if constexpr (f::Rounds::rows[k] > 0) f::call(Row<k>{}, mean);
     if constexpr (k < f::Rounds::count) from<f, k + 1>(mean, each);
   }
 
@@ -49,7 +50,7 @@ public:
 
   // each(Round<k>, v, kept, mean, out) for all vectors of units, round after round.
   template <class f, class Each> void row(Each each) const {
-    V mean[all_means<typename f::Rounds>() + 1];
+    V mean[all_of_row<typename f::Rounds>() + 1];
     from<f, 0>(mean, each);
   }
 };

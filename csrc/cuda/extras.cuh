@@ -108,13 +108,13 @@ template <class Cell> struct Functions {
 
 // ---------------------------------------------------------------- means over the units of a row
 
-// How many means are known before a round, and how many floats an array of all of them has.
-template <class Rounds> GK_DEVICE constexpr int known_means(int round) {
+// How many values of the row are known before a round, and how many floats an array of all of them has.
+template <class Rounds> GK_DEVICE constexpr int known_of_row(int round) {
   int n = 0;
-  for (int k = 0; k < round; k++) n += Rounds::means[k];
+  for (int k = 0; k < round; k++) n += Rounds::means[k] + Rounds::rows[k];
   return n;
 }
-template <class Rounds> GK_DEVICE constexpr int room_for_means() { return known_means<Rounds>(Rounds::count) + 1; }
+template <class Rounds> GK_DEVICE constexpr int room_for_means() { return known_of_row<Rounds>(Rounds::count) + 1; }
 template <class Rounds> GK_DEVICE constexpr int most_means() { // of a round
   int most = 0;
   for (int n : Rounds::means) most = n > most ? n : most;

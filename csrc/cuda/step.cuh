@@ -113,7 +113,8 @@ GK_DEVICE void step_means(const StepPlace<Cell, V, THREADS> &at, int H, float *k
         GK_UNROLL for (int j = 0; j < n; j++) sums[j] += out[j];
       }
     });
-    block_means<n, THREADS / 32>(means + known_means<Rounds>(k), sums, H, memory);
+    block_means<n, THREADS / 32>(means + known_of_row<Rounds>(k), sums, H, memory);
+    if constexpr (Rounds::rows[k] > 0) F::call(Row<k>{}, means);
     step_means<Cell, F, V, THREADS, k + 1>(at, H, kept, means, memory, read);
   }
 }

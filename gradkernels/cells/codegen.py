@@ -112,16 +112,19 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
             lines += _function(name, given, f.body, results, qualifiers)
             continue
         parts = cut(f)
-        means = ", ".join(str(n) for n in [*parts.means, 0])
+        rows, means = (", ".join(str(n) for n in [*counts, 0]) for counts in (parts.rows, parts.means))
         lines += [
             "",
             f"  struct {name}_rounds {{",
-            f"    static constexpr int count = {len(parts.means)}, kept = {parts.kept}, means[] = {{{means}}};",
+            f"    static constexpr int count = {len(parts.means)}, kept = {parts.kept}, rows[] = {{{rows}}}, means[] = {{{means}}};",
             "  };",
         ]
         for k, body in enumerate(parts.bodies):
             made = results if k == len(parts.means) else {"out": "V *{}"}
             lines += _function(name, [f"Round<{k}>", *given, "kept", "mean"], body, made, qualifiers)
+        for k, body in enumerate(parts.of_row):
+            if body:
+                lines += _function(name, [f"Row<{k}>"], body, {"mean": "V *{}"}, qualifiers)
     return "\n".join([*lines, "};\n"])
 
 
@@ -137,8 +140,9 @@ def device_struct(cell: Cell) -> str:
     namespace gk {
     <BLANKLINE>
     template <int K> struct Round {};
+    template <int K> struct Row {};
     struct NoRounds {
-      static constexpr int count = 0, kept = 0, means[] = {0};
+      static constexpr int count = 0, kept = 0, rows[] = {0}, means[] = {0};
     };
     <BLANKLINE>
     struct RnnReluCell {
@@ -161,8 +165,9 @@ def device_struct(cell: Cell) -> str:
 # As in csrc/cell.h, which no kernel of a GPU includes.
 ROUNDS = """\
 template <int K> struct Round {};
+template <int K> struct Row {};
 struct NoRounds {
-  static constexpr int count = 0, kept = 0, means[] = {0};
+  static constexpr int count = 0, kept = 0, rows[] = {0}, means[] = {0};
 };
 """
 
@@ -205,8 +210,8 @@ _TEMPLATE = """\
 // Where Q > 0: v is what the last Q products are taken of, dv its adjoint. Results may not overlap with arguments.
 //
 // Where a cell has means over the units of a row, a function f is in rounds: f(Round<k>, .., kept, mean, out) computes what
-// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: all means of
-// earlier rounds, one after the other; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
+// f_rounds::means[k] means are taken of, for k < count; f(Round<count>, .., kept, mean, results) the rest. mean: what is known of
+// the row, round after round, its means and then f_rounds::rows[k] values that f(Row<k>, mean) makes of means alone; kept[f_rounds::kept]: values of this unit that earlier rounds leave to later ones.
 namespace gk {{
 
 {structs}

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .hasten import Rows, hasten, is_mean, leaves, targets
+from .lift import lift
 
 
 @dataclass(frozen=True)
 class Cut:
     """Statements of each round, the last one with the function's own result.
 
-    Beside the function's own variables they read `mean[k]`, means of earlier rounds, and read and write `kept[k]`, values that
-    an earlier round leaves to a later one. Round k writes `out[0] .. out[means[k] - 1]`, what its means are taken of."""
+    Beside the function's own variables they read `mean[k]`, what is known of the row since earlier rounds, and read and write
+    `kept[k]`, values that an earlier round leaves to a later one. Round k writes `out[0] .. out[means[k] - 1]`, what its means are
+    taken of; when those are in `mean`, `of_row[k]` puts what follows from means alone behind them, once for all units."""
 
     bodies: list[list[ast.stmt]]
     means: list[int]  # of each round but the last
+    of_row: list[list[ast.stmt]]  # after each of these
+    rows: list[int]  # how many values those put there
     kept: int
 
 
 def cut(function: ast.FunctionDef) -> Cut:
     """Means that do not wait for each other share a round. A value is computed in the first round that needs it and kept for the
-    others, unless it is a few operations on what is at hand: means are the same for a whole row, arguments are read anyway.
+    others, unless it is a few operations on what is at hand: what is the same for a whole row, and arguments, which are read anyway.
 
     >>> f = ast.parse('''
     ... def forward(x, r, s):
@@ -33,16 +38,17 @@ def cut(function: ast.FunctionDef) -> Cut:
     ...     return (v / sqrt(u2) * u,), ()
     ... ''').body[0]
     >>> parts = cut(f)
-    >>> parts.means, parts.kept
-    ([1, 1], 2)
-    >>> for body in parts.bodies:
+    >>> parts.means, parts.rows, parts.kept
+    ([1, 1], [0, 1], 2)
+    >>> for body in [*parts.bodies, parts.of_row[1]]:
     ...     print("; ".join(ast.unparse(statement) for statement in body))
     u = exp(x[0]); out[0] = u; kept[0] = u
     u = kept[0]; u1 = mean[0]; v = u - u1; out[0] = v * v; kept[1] = v
-    u = kept[0]; v = kept[1]; u2 = mean[1]; return ((v / sqrt(u2) * u,), ())
+    u = kept[0]; v = kept[1]; row1 = mean[2]; return ((v * row1 * u,), ())
+    u2 = mean[1]; row = sqrt(u2); row1 = 1 / row; mean[2] = row1
     """
-    *statements, result = function.body
-    made = {name: s for s in hasten(statements) for name in targets(s)}
+    statements, result = lift(hasten(function.body[:-1]), function.body[-1])
+    made = {name: s for s in statements for name in targets(s)}
     operands = {name: s.value.args[0] for name, s in made.items() if is_mean(s)}  # type: ignore[attr-defined]
     known = Rows()
     for s in made.values():
@@ -50,22 +56,27 @@ def cut(function: ast.FunctionDef) -> Cut:
     depth = known.depth
     rounds = max((depth[name] for name in operands), default=0)
     means = [[name for name in operands if depth[name] == k + 1] for k in range(rounds)]
-    place = {name: k for k, name in enumerate(name for group in means for name in group)}
 
     # A condition is no number, and what a group of arguments holds is there in every round: neither is kept.
     again = {name for name, s in made.items() if isinstance(s.value, (ast.Compare, ast.Name, ast.Tuple))}
-    again |= known.of_row - operands.keys()
-    again |= _cheap(made, again | operands.keys())
+    again |= {name for name in known.of_row if not depth[name]}
+    of_means = known.of_row - operands.keys() - again
+    readers = [(depth.get(name, rounds + 1) if name in of_means else None, s.value) for name, s in made.items()]
+    asked = {n for after, value in readers for n in leaves(value) if after is None or after > depth.get(n, 0)}
+    asked |= set(leaves(result))
+    rows = [[name for name in made if name in of_means & asked and depth[name] == k + 1] for k in range(rounds)]
+    place = {name: k for k, name in enumerate(name for both in zip(means, rows) for group in both for name in group)}
+    again |= _cheap(made, again | place.keys())
     bodies: list[list[ast.stmt]] = []
     fresh: list[list[str]] = []  # what each round computes
     loads: list[list[str]] = []
     for k in range(rounds + 1):
         roots: list[ast.AST] = [operands[name] for name in means[k]] if k < rounds else [result]
-        needed = _closure(roots, made, operands, stop={name for group in fresh for name in group} - again)
+        needed = _closure(roots, made, place.keys(), stop={name for group in fresh for name in group} - again)
         order = [name for name in made if name in needed]
         loads.append([name for name in order if name not in again and any(name in group for group in fresh)])
-        fresh.append([name for name in order if name not in operands and name not in loads[k]])
-        body = [_assign(name, f"mean[{place[name]}]") for name in order if name in operands]
+        fresh.append([name for name in order if name not in place and name not in loads[k]])
+        body = [_assign(name, f"mean[{place[name]}]") for name in order if name in place]
         body += {id(made[name]): made[name] for name in fresh[k]}.values()  # one that unpacks a group makes several
         body += [_store(f"out[{j}]", operands[name]) for j, name in enumerate(means[k])] if k < rounds else [result]
         bodies.append(body)
@@ -75,7 +86,16 @@ def cut(function: ast.FunctionDef) -> Cut:
         body[:0] = [_assign(name, f"kept[{kept[name]}]") for name in loads[k]]
         if k < rounds:
             body += [_store(f"kept[{kept[name]}]", ast.Name(name, ast.Load())) for name in fresh[k] if name in kept]
-    return Cut(bodies, [len(group) for group in means], len(kept))
+    of_row = []
+    for group in rows:
+        needed = _closure([made[name].value for name in group], made, place.keys() - set(group), stop=set())
+        order = [name for name in made if name in needed | set(group)]
+        body = [
+            made[name] if name not in place or name in group else _assign(name, f"mean[{place[name]}]")
+            for name in order
+        ]
+        of_row.append([*body, *(_store(f"mean[{place[name]}]", ast.Name(name, ast.Load())) for name in group)])
+    return Cut(bodies, [len(group) for group in means], of_row, [len(group) for group in rows], len(kept))
 
 
 FEW = 2  # operations that are cheaper than a store and a load
@@ -107,17 +127,15 @@ def _operations(node: ast.expr) -> int | None:
     return None
 
 
-def _closure(
-    roots: list[ast.AST], made: dict[str, ast.Assign], operands: dict[str, ast.expr], stop: set[str]
-) -> set[str]:
-    """The variables that these need; nobody looks behind a mean or what an earlier round has computed."""
+def _closure(roots: list[ast.AST], made: dict[str, ast.Assign], known: Collection[str], stop: set[str]) -> set[str]:
+    """The variables that these need; nobody looks behind what is known of the row or what an earlier round has computed."""
     needed: set[str] = set()
     todo = list(roots)
     while todo:
         for name in leaves(todo.pop()):
             if name in made and name not in needed:
                 needed.add(name)
-                if name not in operands and name not in stop:
+                if name not in known and name not in stop:
                     todo.append(made[name].value)
     return needed
 

@@ -53,8 +53,6 @@ def check_forward(
     if wide % G:
         _wrong("weight_hh", weight_hh, (f"{G} * H", "H"), f" for {cell.name}")
     H, R = wide // G, w[1] * heads
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}")
     if heads > 1 and (weight_hr is not None or not cell.recurrent):
         raise ValueError(f"heads of {cell.name} need a recurrent product without weight_hr")
     if not cell.recurrent:

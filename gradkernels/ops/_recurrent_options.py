@@ -90,6 +90,8 @@ def check_options(c: Cell, o: Options) -> None:
         )
     if not o.clip_grad >= 0:
         raise ValueError(f"clip_grad must not be negative, got {o.clip_grad}")
+    if o.heads < 1:
+        raise ValueError(f"heads must be at least 1, got {o.heads}")
     if o.recompute < 0:
         raise ValueError(f"recompute must be a number of steps, or 0 for none, got {o.recompute}")
     if o.recompute and o.skip:

@@ -56,7 +56,8 @@ void write(const Value *values, int n) { for (int k = 0; k < n; ++k) std::printf
 // All rounds of a function, of a unit whose row has no other: a mean is what it is taken of. Results may be read by nobody.
 template <class C, class F, int k = 0, class Given, class... Out> void call(const Given &given, Value *kept, Value *mean, Out &&...out) {
   if constexpr (k < F::Rounds::count) {
-    gk::evaluate<C, F>(gk::Round<k>{}, given, kept, mean, mean + gk::known_means<typename F::Rounds>(k));
+    gk::evaluate<C, F>(gk::Round<k>{}, given, kept, mean, mean + gk::known_of_row<typename F::Rounds>(k));
+    if constexpr (F::Rounds::rows[k] > 0) F::call(gk::Row<k>{}, mean);
     call<C, F, k + 1>(given, kept, mean, out...);
   } else
     gk::evaluate<C, F>(gk::Round<k>{}, given, kept, mean, out...);

@@ -198,14 +198,15 @@ private:
   // f(Round<k>, j, kept, mean, out) for all units of a row, round after round.
   template <class F, int k = 0, class Each>
   void row(Each each, std::vector<Scalar> kept = {}, std::vector<Scalar> mean = {}) {
-    constexpr int values = F::Rounds::kept, known = gk::known_means<typename F::Rounds>(k), more = F::Rounds::means[k];
-    kept.resize(H * values + 1), mean.resize(gk::all_means<typename F::Rounds>() + 1);
+    constexpr int values = F::Rounds::kept, known = gk::known_of_row<typename F::Rounds>(k), more = F::Rounds::means[k];
+    kept.resize(H * values + 1), mean.resize(gk::all_of_row<typename F::Rounds>() + 1);
     Scalar out[more + 1], sum[more + 1] = {};
     for (int64_t j = 0; j < H; j++) {
       each(gk::Round<k>{}, j, &kept[j * values], mean.data(), out);
       for (int m = 0; m < more; m++) sum[m] = sum[m] + out[m];
     }
     for (int m = 0; m < more; m++) mean[known + m] = sum[m] / double(H);
+    if constexpr (F::Rounds::rows[k] > 0) F::call(gk::Row<k>{}, mean.data());
     if constexpr (k < F::Rounds::count) row<F, k + 1>(each, kept, mean);
   }
 

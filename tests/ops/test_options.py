@@ -1,5 +1,7 @@
 """Parameters, masks, delays, resets, clipping, heads and windows of ops.recurrent, against layers written out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -97,6 +99,38 @@ def test_compiled(options):
         random = cotangents(walk.by_hand(SEED)(*high.values()))
         truth, theirs = (gradients(walk.by_hand(SEED), t, random) for t in (high, walk.tensors(torch.float32)))
         assert_close_to_truth(gradients(walk.call(None, SEED), low, random), theirs, truth, name=str(walk))
+
+
+HEADS = [w for cell in ("lstm", "gru", "rnn_tanh") for w in walks(cell, {"heads": 3})]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("walk", HEADS, ids=str)
+@pytest.mark.cpu
+def test_heads_of_whole_vectors(walk, dtype):
+    """Which the CPU's kernels have blocks for; threads that divide the heads never meet, and the bits are always the same."""
+    walk, ours, threads = replace(walk, H=48, B=14), [], torch.get_num_threads()
+    low = walk.tensors(dtype)
+    high = {k: v.detach().double().requires_grad_() for k, v in low.items()}
+    random = cotangents(walk.by_hand()(*high.values()))
+    truth, theirs = (gradients(walk.by_hand(), t, random) for t in (high, walk.tensors(dtype)))
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            ours.append(gradients(walk.call("cpu"), walk.tensors(dtype), random))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close_to_truth(ours[0], theirs, truth, name=str(walk))
+    for out, got in ours[1:]:
+        assert all(map(torch.equal, (*ours[0][0], *ours[0][1].values()), (*out, *got.values())))
+
+
+@pytest.mark.cpu
+def test_derivatives_of_heads_of_whole_vectors():
+    walk = Walk("gru", (("heads", 2),), T=2, B=1, I=1, H=32)
+    f, t = walk.call("cpu"), tuple(walk.tensors().values())
+    assert gradcheck(f, t, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(f, t, fast_mode=True)
 
 
 @pytest.mark.parametrize("walk", FEW, ids=str)

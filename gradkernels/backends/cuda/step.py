@@ -39,7 +39,7 @@ WITH_MEANS = 2  # the same of cells that take means over their units, which have
 @functools.cache
 def rounds(cell: Cell) -> tuple[int, int]:
     """(the most means that a round of any function of the cell takes, the most values that a unit keeps between rounds)"""
-    found = re.findall(r"kept = (\d+), means\[\] = {([\d, ]+)};", device_struct(cell))
+    found = re.findall(r"kept = (\d+), rows\[\] = {[\d, ]+}, means\[\] = {([\d, ]+)};", device_struct(cell))
     means = (int(n) for _, text in found for n in text.split(","))
     return max(means, default=0), max((int(kept) for kept, _ in found), default=0)
 
