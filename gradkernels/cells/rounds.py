@@ -39,12 +39,12 @@ def cut(function: ast.FunctionDef) -> Cut:
     ... ''').body[0]
     >>> parts = cut(f)
     >>> parts.means, parts.rows, parts.kept
-    ([1, 1], [0, 1], 2)
+    ([1, 1], [0, 1], 1)
     >>> for body in [*parts.bodies, parts.of_row[1]]:
     ...     print("; ".join(ast.unparse(statement) for statement in body))
     u = exp(x[0]); out[0] = u; kept[0] = u
-    u = kept[0]; u1 = mean[0]; v = u - u1; out[0] = v * v; kept[1] = v
-    u = kept[0]; v = kept[1]; row1 = mean[2]; return ((v * row1 * u,), ())
+    u = kept[0]; u1 = mean[0]; v = u - u1; out[0] = v * v
+    u = kept[0]; u1 = mean[0]; row1 = mean[2]; v = u - u1; return ((v * row1 * u,), ())
     u2 = mean[1]; row = sqrt(u2); row1 = 1 / row; mean[2] = row1
     """
     statements, result = lift(hasten(function.body[:-1]), function.body[-1])
@@ -67,17 +67,16 @@ def cut(function: ast.FunctionDef) -> Cut:
     rows = [[name for name in made if name in of_means & asked and depth[name] == k + 1] for k in range(rounds)]
     place = {name: k for k, name in enumerate(name for both in zip(means, rows) for group in both for name in group)}
     again |= _cheap(made, again | place.keys())
+    roots: list[list[ast.AST]] = [*([operands[name] for name in group] for group in means), [result]]
+    _, loads = _deal(roots, made, place, again)
+    again |= _cheap(made, again | place.keys(), {name for group in loads for name in group})
+    fresh, loads = _deal(roots, made, place, again)
     bodies: list[list[ast.stmt]] = []
-    fresh: list[list[str]] = []  # what each round computes
-    loads: list[list[str]] = []
     for k in range(rounds + 1):
-        roots: list[ast.AST] = [operands[name] for name in means[k]] if k < rounds else [result]
-        needed = _closure(roots, made, place.keys(), stop={name for group in fresh for name in group} - again)
-        order = [name for name in made if name in needed]
-        loads.append([name for name in order if name not in again and any(name in group for group in fresh)])
-        fresh.append([name for name in order if name not in place and name not in loads[k]])
-        body = [_assign(name, f"mean[{place[name]}]") for name in order if name in place]
-        body += {id(made[name]): made[name] for name in fresh[k]}.values()  # one that unpacks a group makes several
+        body = [_assign(name, f"mean[{place[name]}]") for name in made if name in place and name in fresh[k]]
+        body += {
+            id(made[name]): made[name] for name in fresh[k] if name not in place
+        }.values()  # a group's names share one
         body += [_store(f"out[{j}]", operands[name]) for j, name in enumerate(means[k])] if k < rounds else [result]
         bodies.append(body)
     later = {name for group in loads for name in group}
@@ -86,32 +85,56 @@ def cut(function: ast.FunctionDef) -> Cut:
         body[:0] = [_assign(name, f"kept[{kept[name]}]") for name in loads[k]]
         if k < rounds:
             body += [_store(f"kept[{kept[name]}]", ast.Name(name, ast.Load())) for name in fresh[k] if name in kept]
-    of_row = []
-    for group in rows:
-        needed = _closure([made[name].value for name in group], made, place.keys() - set(group), stop=set())
-        order = [name for name in made if name in needed | set(group)]
-        body = [
-            made[name] if name not in place or name in group else _assign(name, f"mean[{place[name]}]")
-            for name in order
-        ]
-        of_row.append([*body, *(_store(f"mean[{place[name]}]", ast.Name(name, ast.Load())) for name in group)])
+    of_row = [_of_row(group, made, place) for group in rows]
     return Cut(bodies, [len(group) for group in means], of_row, [len(group) for group in rows], len(kept))
+
+
+def _of_row(group: list[str], made: dict[str, ast.Assign], place: dict[str, int]) -> list[ast.stmt]:
+    """Statements that compute these variables of what is in `mean`, and put them there too."""
+    needed = _closure([made[name].value for name in group], made, place.keys() - set(group), stop=set())
+    body: list[ast.stmt] = []
+    for name, statement in made.items():
+        if name in group or name in needed - place.keys():
+            body.append(statement)
+        elif name in needed:
+            body.append(_assign(name, f"mean[{place[name]}]"))
+    return body + [_store(f"mean[{place[name]}]", ast.Name(name, ast.Load())) for name in group]
+
+
+def _deal(
+    roots: list[list[ast.AST]], made: dict[str, ast.Assign], place: dict[str, int], again: set[str]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Of each round, the variables that it has by itself, and those that an earlier one has left to it."""
+    fresh: list[list[str]] = []
+    loads: list[list[str]] = []
+    for of_round in roots:
+        before = {name for group in fresh for name in group} - again - place.keys()
+        needed = _closure(of_round, made, place.keys(), stop=before)
+        loads.append([name for name in made if name in needed & before])
+        fresh.append([name for name in made if name in needed - before])
+    return fresh, loads
 
 
 FEW = 2  # operations that are cheaper than a store and a load
 
 
-def _cheap(made: dict[str, ast.Assign], at_hand: set[str]) -> set[str]:
-    """The variables that are a few operations on what is at hand."""
-    price = dict.fromkeys(at_hand, 0)
+def _cheap(made: dict[str, ast.Assign], at_hand: set[str], kept: Collection[str] = ()) -> set[str]:
+    """The variables that are a few operations on what is at hand, and on others that are kept as they are no such thing."""
+    price, cheap = dict.fromkeys(at_hand, 0), set()
     for name, statement in made.items():
+        if name in price:
+            continue
         mine = [n for n in leaves(statement.value) if n in made]
         operations = _operations(statement.value)
-        if name not in price and operations is not None and all(n in price for n in mine):
+        if operations is not None and all(n in price for n in mine):
             total = operations + sum(price[n] for n in mine)
             if total <= FEW:
                 price[name] = total
-    return set(price) - at_hand
+                cheap.add(name)
+                continue
+        if name in kept:
+            price[name] = 0
+    return cheap
 
 
 def _operations(node: ast.expr) -> int | None:

@@ -91,7 +91,7 @@ def recurrent(
         clip_grad: with c > 0, backward clamps :math:`\partial L / \partial h_t` to [-c, c] at every step; with ``variational``,
             ``recurrent_dropout`` or ``reset`` that part of it which comes back through :math:`W_{hh}`.
         heads: with n, ``weight_hh`` is ``[G*H, H/n]`` and the recurrence block-diagonal: unit u of a gate sees the units of its head only,
-            H/n in a row.
+            H/n in a row. The CPU's kernels multiply blocks where H/n fills vectors; elsewhere the matrix is made dense for the call.
         recompute: with k, keep the states of one step in k for backward, and compute the others again.
 
     Returns:

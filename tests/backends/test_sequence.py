@@ -295,6 +295,8 @@ EXTRAS = [("lstm_layer_norm", ()), ("indrnn", (("zoneout", 0.3),)), ("gru", (("v
 EXTRAS += [
     ("lstm", (("zoneout", 0.3), ("skip", 2), ("clip_grad", 0.3))),
     ("lstm_layer_norm", (("recurrent_dropout", 0.4),)),
+    ("lstm", (("heads", 2),)),
+    ("gru", (("heads", 3), ("zoneout", 0.3))),
 ]
 
 
@@ -303,7 +305,7 @@ EXTRAS += [
 @pytest.mark.parametrize(("cell", "options"), EXTRAS, ids=str)
 def test_parameters_masks_delays(cell, options, layout, reverse):
     """Tokens and columns of every row, what dead tokens leave in sums, and cells without a product."""
-    walk = Walk(cell, options, layout, reverse)
+    walk = Walk(cell, options, layout, reverse, H=6 if "heads" in dict(options) else 5)
     random = cotangents(walk.call("reference", SEED)(*walk.tensors().values()))
     ours, want = (gradients(walk.call(name, SEED), walk.tensors(), random) for name in ("unrolled", "reference"))
     assert_close_to_truth(ours, want, want)

@@ -7,7 +7,7 @@ from tests.backends.cuda import registers
 
 # Kernels that spill registers all the same: case -> bytes that a thread writes and reads for them.
 SPILLS: dict[str, int] = {
-    "sm_100a backward lstm_layer_norm bf16 step": 36,
+    "sm_100a backward lstm_layer_norm bf16 step": 52,
     "sm_120 backward lstm_layer_norm bf16 step": 20,
 }
 SLACK = 8  # registers more than recorded that nobody needs to explain
