@@ -351,7 +351,7 @@ def figures(report: dict[str, Any]) -> list[Figure | None]:
 def render(path: Path, form: str = "png") -> list[Path]:
     """Writes pictures and the Markdown page beside a report; returns what was written.
 
-    Reasons for short rows are read from reasons.json beside it: a table from a row's name to a sentence.
+    Reasons for short rows are read from reasons.json beside it: a table from patterns of rows' names to sentences.
     """
     report = json.loads(path.read_text())
     written = []

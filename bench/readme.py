@@ -1,6 +1,6 @@
-"""The README's table of results, made from a committed report: python -m bench.readme [bench/results/<device>/recurrent.json]
+"""The README's tables of results, made from committed reports: python -m bench.readme [bench/results/<device>/recurrent.json ...]
 
-With a report it becomes the one that the README shows; without, the table is made again from the one it shows.
+A report given becomes the one that the README shows of its suite; all tables are made again.
 """
 
 from __future__ import annotations
@@ -17,27 +17,59 @@ SECTION = re.compile(r"<!-- results: (.*?) -->\n(.*?)<!-- end of results -->\n",
 COLUMNS = [(cell, mode) for cell in ("lstm", "gru", "rnn_tanh") for mode in ("inference", "training")]
 TITLES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
 
+# What a row of the README is called, and the row of the report, without its mode.
+LAYERS = {
+    "causal attention, 512 tokens, batch 8, 8 heads of 64": "attention 512,8,512 MODE 8 heads",
+    "the same, bfloat16": "attention 512,8,512 MODE bf16 8 heads",
+    "the same, dropout 0.1": "attention 512,8,512 MODE 8 heads dropout 0.1",
+    "causal attention, 2,048 tokens, batch 2, 8 heads of 64": "attention 2048,2,512 MODE 8 heads",
+    "`norm(residual + dropout(x))`, 4,096 rows of 512": "residual norm 512,8,512 MODE dropout 0.1",
+    "dilated convolution, 2,048 tokens, batch 4, 64 channels": "causal conv 2048,4,64 MODE 2 taps, dilation 16",
+}
+CELLS = {
+    "LSTM, layer norm inside": "lstm_layer_norm SHAPE training",
+    "LSTM, peepholes": "lstm_peephole SHAPE training",
+    "sLSTM": "slstm SHAPE training",
+    "LSTM, zoneout": "lstm SHAPE training zoneout 0.1",
+    "LSTM, 4 heads": "lstm SHAPE training 4 heads",
+    "LSTM, skips over 8 steps": "lstm SHAPE training skip 8",
+    "GRU, layer norm inside": "gru_layer_norm SHAPE training",
+    "GRU, four time scales": "gru SHAPE training periods 1,2,4,8",
+    "the README's own cell": "leaky SHAPE training",
+}
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Ratio and both times of a row; a dash where it was not measured."""
+
+def ratio(row: dict[str, Any] | None, against: str) -> str:
+    """How many times faster than that provider, or a dash."""
+    if row is None or row["error"]:
+        return "-"
+    value = next((r["value"] for r in row["ratios"] if r["against"] == against), None)
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def times(row: dict[str, Any] | None) -> str:
+    """Ratio to the peer and both times; a dash where it was not measured."""
     if row is None or row["error"]:
         return "-"
     theirs, ours = (row["results"][row[key]]["median"] for key in ("peer", "subject"))
     return f"**{theirs / ours:.2f}x** {theirs:.3g} → {ours:.3g}"
 
 
-def section(report: dict[str, Any], path: Path) -> str:
-    """The text between the README's two marks for a report at `path`, relative to the repository."""
-    machine, rows = report["machine"], {row["name"]: row for row in report["rows"]}
+def on(machine: dict[str, Any]) -> str:
+    versions = f"torch {machine['versions']['torch']}, {machine['capability']}, {machine['threads']} threads"
+    return f"{machine['cpu']} ({versions})"
+
+
+def recurrent(report: dict[str, Any], path: Path) -> list[str]:
+    rows = {row["name"]: row for row in report["rows"]}
     shapes = dict.fromkeys(
         (row["T"], row["B"], row["H"]) for row in report["rows"] if row["group"] == "shapes" and row["kind"] == "time"
     )
-    versions = f"torch {machine['versions']['torch']}, {machine['capability']}, {machine['threads']} threads"
     lines = [
         f"![how much faster than torch, by row]({path.with_suffix('.png')})",
         "",
         (
-            f"One fp32 layer, input as wide as hidden, on {machine['cpu']} ({versions}): how many times faster than "
+            f"One fp32 layer, input as wide as hidden, on {on(report['machine'])}: how many times faster than "
             f"`torch.nn`, and the milliseconds of torch → ours, medians of interleaved runs. All rows, with their targets, the "
             f"machine's limits and the reasons of those that fall short, are in [the report]({path.with_suffix('.md')}); "
             "`make bench` measures yours."
@@ -48,24 +80,68 @@ def section(report: dict[str, Any], path: Path) -> str:
     ]
     for T, B, H in shapes:
         found = (rows.get(f"{c} {T},{B},{H} {mode}") for c, mode in COLUMNS)
-        lines.append(f"| {T}, {B}, {H} | {' | '.join(map(cell, found))} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {T}, {B}, {H} | {' | '.join(map(times, found))} |")
+    return lines
 
 
-def rewritten(readme: str, path: Path | None = None) -> str:
-    """The README with its table made again, from the report at `path` or the one it shows now."""
-    marked = SECTION.search(readme)
-    if marked is None:
+def layers(report: dict[str, Any], path: Path) -> list[str]:
+    rows = {row["name"]: row for row in report["rows"]}
+    lines = [
+        f"Attention, norms and convolution, same machine, in float32 unless said; [all rows]({path.with_suffix('.md')}):",
+        "",
+        "| against torch | inference | training |",
+        "|---|--:|--:|",
+    ]
+    for title, name in LAYERS.items():
+        both = (times(rows.get(name.replace("MODE", mode))) for mode in ("inference", "training"))
+        lines.append(f"| {title} | {' | '.join(both)} |")
+    return lines
+
+
+def cells(report: dict[str, Any], path: Path) -> list[str]:
+    rows = {row["name"]: row for row in report["rows"]}
+    lines = [
+        (
+            "The family of cells, training, same machine, T = 128, H = 256: how many times faster than the Python loop that people write, than that "
+            f"loop with its step in `torch.compile`, and than our plain layer, per gate; [all rows]({path.with_suffix('.md')}):"
+        ),
+        "",
+        "| | loop, B = 32 | compiled | plain | loop, B = 1 | compiled | plain |",
+        "|---|" + "--:|" * 6,
+    ]
+    for title, name in CELLS.items():
+        found = [rows.get(name.replace("SHAPE", shape)) for shape in ("128,32,256", "128,1,256")]
+        columns = [ratio(row, key) for row in found for key in ("loop", "compiled", "ours_plain")]
+        lines.append(f"| {title} | {' | '.join(columns)} |")
+    return lines
+
+
+SUITES = {"recurrent": recurrent, "layers": layers, "cells": cells}
+
+
+def section(report: dict[str, Any], path: Path) -> str:
+    """The text between the README's two marks for a report at `path`, relative to the repository."""
+    return "\n".join(SUITES[report["suite"]](report, path)) + "\n"
+
+
+def rewritten(readme: str, given: dict[str, Path] | None = None) -> str:
+    """The README with its tables made again, from the reports `given` by their suites or the ones it shows now."""
+    if not SECTION.search(readme):
         raise ValueError("the README has no <!-- results: PATH --> ... <!-- end of results -->")
-    path = Path(marked[1]) if path is None else path.resolve().relative_to(ROOT)
-    text = section(json.loads((ROOT / path).read_text()), path)
-    mark = f"<!-- results: {path} -->\n{text}<!-- end of results -->\n"
-    return readme[: marked.start()] + mark + readme[marked.end() :]
+
+    def again(marked: re.Match[str]) -> str:
+        path = Path(marked[1])
+        path = (given or {}).get(path.stem, path)
+        return (
+            f"<!-- results: {path} -->\n{section(json.loads((ROOT / path).read_text()), path)}<!-- end of results -->\n"
+        )
+
+    return SECTION.sub(again, readme)
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    README.write_text(rewritten(README.read_text(), path))
+    paths = [Path(name).resolve().relative_to(ROOT) for name in sys.argv[1:]]
+    README.write_text(rewritten(README.read_text(), {path.stem: path for path in paths}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -250,7 +251,7 @@ def view(out: TextIO) -> Plain | Live:
 
 
 def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pictures: Sequence[str] = ()) -> str:
-    """The whole report as a page. reasons: why a row is short, by its name; a short row without one is said to have none."""
+    """The whole report as a page. reasons: why a row is short, by a pattern of its name; a short row without one is said to have none."""
     gpu = report["machine"].get("gpu")
     out = [
         f"# {SUITES[report['suite'].removesuffix('-gpu')]} on {gpu['name'] if gpu else report['machine']['cpu']}",
@@ -285,7 +286,8 @@ def markdown(report: dict[str, Any], reasons: dict[str, str] | None = None, pict
     if missed:
         out += ["## Rows that are short, and why", ""]
         for row in missed:
-            why = (reasons or {}).get(row["name"], "no reason given yet")
+            known = (why for pattern, why in (reasons or {}).items() if re.fullmatch(pattern, row["name"]))
+            why = next(known, "no reason given yet")
             out.append(f"* **{row['name']}**: {'; '.join(short(row))}. {why[0].upper()}{why[1:]}.")
         out.append("")
     return "\n".join(out)
