@@ -166,6 +166,17 @@ void norm_backward(const std::string &storage, int64_t M, int64_t N, const Addre
   with_storage(storage, [&](auto z) { Layers<decltype(z)>::norm_backward(q); });
 }
 
+// Who made this processor, by its own word; empty where it has none.
+std::string vendor() {
+#if defined(__x86_64__)
+  unsigned a = 0, name[3];
+  asm("cpuid" : "+a"(a), "=b"(name[0]), "=c"(name[2]), "=d"(name[1]));
+  return {reinterpret_cast<const char *>(name), sizeof name};
+#else
+  return {};
+#endif
+}
+
 } // namespace
 
 PYBIND11_MODULE(GK_MODULE, m) {
@@ -180,6 +191,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("residual_norm_backward", &norm_backward);
   m.attr("vector_bytes") = vector_bytes;
   m.attr("bf16_dots") = has_bf16_dots();
+  m.attr("vendor") = vendor();
   m.def("huge_pages", [](uintptr_t p, size_t bytes) { // asks for 2 MiB pages under a fresh large buffer
 #ifdef MADV_HUGEPAGE
     const size_t page = size_t(2) << 20, lo = (p + page - 1) / page * page, hi = (p + bytes) / page * page;

@@ -69,24 +69,33 @@ template <class T, class P> class CausalConv {
     return {c.to, zero, c.stride, a.T};
   }
 
-  // The taps, each in panels: of `units` outputs with sums of length n, at(k, unit, i) being the weight.
+  // The taps, each in panels: of `units` outputs with sums of length n.
   struct Taps {
     std::vector<Packed<P>> panels;
-    T *rows; // [K, units, n]
+    T *apart; // [K, O, C], where several taps lie side by side in memory
     int64_t units, n;
   };
   Taps take_taps(int64_t units, int64_t n) {
-    Taps taps{{}, arena.take<T>(a.K * units * n), units, n};
+    Taps taps{{}, a.K > 1 ? arena.take<T>(a.K * a.O * a.C) : nullptr, units, n};
     for (int64_t k = 0; k < a.K; k++) taps.panels.push_back(take_panels<P>(arena, units, 1, n));
     return taps;
   }
-  template <class At> void pack(const Taps &taps, At at, int id, int size) const {
-    for (int64_t k = id; k < a.K; k += size) {
-      T *const rows = taps.rows + k * taps.units * taps.n;
-      for (int64_t u = 0; u < taps.units; u++)
-        for (int64_t i = 0; i < taps.n; i++) rows[u * taps.n + i] = at(k, u, i);
-      pack_gates(rows, taps.panels[k].panels, taps.panels[k].matrix.panel, 1, taps.units, taps.n, 0,
-                 vectors<T>(taps.units));
+  // Packed by all threads together, for y = W x, or transposed, for dx = W^T dy.
+  void pack(const Taps &taps, bool transposed, int id, Barrier &all, int size) const {
+    const T *const w = static_cast<const T *>(a.weight);
+    const int64_t part = a.O * a.C, UV = vectors<T>(taps.units), v0 = UV * id / size, v1 = UV * (id + 1) / size;
+    if (taps.apart) {
+      for (int64_t i = part * id / size; i < part * (id + 1) / size; i++)
+        for (int64_t k = 0; k < a.K; k++) taps.apart[k * part + i] = w[i * a.K + k];
+      all.wait(id);
+    }
+    for (int64_t k = 0; k < a.K; k++) {
+      const T *const tap = taps.apart ? taps.apart + k * part : w;
+      const Packed<P> &to = taps.panels[k];
+      if (transposed)
+        pack_rows<P>([=](int64_t o) { return tap + o * a.C; }, to.panels, to.matrix.panel, taps.n, taps.units, v0, v1);
+      else
+        pack_gates(tap, to.panels, to.matrix.panel, 1, taps.units, taps.n, v0, v1);
     }
   }
 
@@ -124,8 +133,7 @@ public:
     std::atomic<int64_t> next{0};
     Barrier all(q.threads);
     run_team(q.threads, [&](int id) {
-      const T *const w = static_cast<const T *>(q.weight);
-      conv.pack(taps, [&](int64_t k, int64_t o, int64_t c) { return w[(o * q.C + c) * q.K + k]; }, id, q.threads);
+      conv.pack(taps, false, id, all, q.threads);
       conv.fill(x, id, q.threads);
       all.wait(id);
       const Tokens from = conv.tokens(x, zero);
@@ -144,13 +152,16 @@ public:
     const Taps taps = q.dx ? conv.take_taps(q.C, q.O) : Taps{};
     const int64_t wide = vectors<T>(q.C) * L, per_row = (q.T + block - 1) / block;
     F *const sums = arena.take<F>(q.threads * block * wide);
-    // A piece of dweight is one tap and some channels out; whoever has it walks all tokens.
-    const int64_t some = 48, pieces = (q.O + some - 1) / some;
+    // A piece of dweight is one tap and some channels out. Whoever has it walks all tokens and packs their inputs,
+    // which is little beside the product where channels are many.
+    const int64_t few = (q.O + 47) / 48, pieces = std::clamp<int64_t>((2 * q.threads + q.K - 1) / q.K, 1, few);
+    const int64_t some = (q.O + pieces - 1) / pieces;
+    const bool in_place = std::is_same_v<T, F> && q.K == 1; // sums of dweight are what is wanted, where it is wanted
     std::vector<Weights<F>> dweights;
     std::vector<Packed<P>> factors;
     std::vector<P *> pairs;
     if (q.dweight) {
-      F *const all = arena.take<F>(q.K * q.O * q.C);
+      F *const all = in_place ? static_cast<F *>(q.dweight) : arena.take<F>(q.K * q.O * q.C);
       for (int64_t k = 0; k < q.K; k++) dweights.push_back({all + k * q.O * q.C, all + k * q.O * q.C, q.O, q.C});
       for (int i = 0; i < q.threads; i++) {
         factors.push_back(take_panels<P>(arena, q.C, 1, chunk));
@@ -161,9 +172,7 @@ public:
     std::atomic<int64_t> blocks{0}, taken{0}, columns{0};
     Barrier all(q.threads);
     run_team(q.threads, [&](int id) {
-      const T *const w = static_cast<const T *>(q.weight);
-      if (q.dx)
-        conv.pack(taps, [&](int64_t k, int64_t c, int64_t o) { return w[(o * q.C + c) * q.K + k]; }, id, q.threads);
+      if (q.dx) conv.pack(taps, true, id, all, q.threads);
       conv.fill(dy, id, q.threads), conv.fill(x, id, q.threads);
       all.wait(id);
       const Tokens dout = conv.tokens(dy, zero), in = conv.tokens(x, zero);
@@ -186,7 +195,7 @@ public:
               first = false;
             }
           T *const out = static_cast<T *>(q.dweight);
-          for (int64_t o = o0; o < o1; o++)
+          for (int64_t o = o0; o < o1 && !(in_place && !first); o++)
             for (int64_t c = 0; c < q.C; c++) {
               const V v(first ? F(0) : to.sum[o * q.C + c]);
               store(out + (o * q.C + c) * q.K + k, v, 1);

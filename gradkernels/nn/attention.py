@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradkernels.nn.linear import applied, linear
 from gradkernels.nn.norm import ResidualBlock
 from gradkernels.nn.remake import remade, rounded
 from gradkernels.ops import attention
@@ -152,22 +153,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, [.., H * D] each, views of one tensor where one product makes them."""
         w, b, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        linear = partial(remade, F.linear) if self.recompute else F.linear
+        product = partial(remade, linear) if self.recompute else linear
         shared, packed = key is value, query is key is value
         query = rounded(query)
         if self._qkv_same_embed_dim and packed:
-            return linear(query, w, b).chunk(3, -1)
+            return product(query, w, b).chunk(3, -1)
         key = rounded(key)
         value = key if shared else rounded(value)
         b_q, b_k, b_v = (None,) * 3 if b is None else b.chunk(3)
         if not self._qkv_same_embed_dim:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif shared:
-            both = linear(key, w[E:], None if b is None else b[E:])
-            return linear(query, w[:E], b_q), *both.chunk(2, -1)
+            both = product(key, w[E:], None if b is None else b[E:])
+            return product(query, w[:E], b_q), *both.chunk(2, -1)
         else:
             w_q, w_k, w_v = w.chunk(3)
-        return linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
+        return product(query, w_q, b_q), product(key, w_k, b_k), product(value, w_v, b_v)
 
     def _more_keys(self, q, k, v, seen):
         """What add_bias_kv and add_zero_attn put behind the keys."""
@@ -192,7 +193,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         p = self.dropout if self.training else 0.0
         out = attention(*map(self._heads, (q, k, v)), dropout_p=p, **seen._asdict())
         out = out.transpose(1, 2) if out.dim() == 4 else out
-        return self.out_proj(out.flatten(-2))
+        return applied(self.out_proj, out.flatten(-2))
 
     def _by_weights(self, q, k, v, seen):
         """The same with the weights [B, H, L, S], after dropout as torch returns them."""
@@ -206,7 +207,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
         weights = F.dropout(weights, self.dropout, self.training)
         out = weights.to(v.dtype) @ v
-        return self.out_proj(out.transpose(1, 2).flatten(-2)), weights
+        return applied(self.out_proj, out.transpose(1, 2).flatten(-2)), weights
 
     def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
         if (

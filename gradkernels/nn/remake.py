@@ -2,10 +2,10 @@
 
     with remaking():
         h = remade(norm, x)
-        q = remade(F.linear, h, weight, bias)
+        q = remade(linear, h, weight, bias)
         ...
 
-Whatever the graph would keep of h and q, or of views of them, it does not: backward calls `norm(x)` and `F.linear(h, ..)` again
+Whatever the graph would keep of h and q, or of views of them, it does not: backward calls `norm(x)` and `linear(h, ..)` again
 when the first of it is asked for. Nothing is run twice by autograd, so that derivatives of any order go the usual way. This rests
 on torch.autograd.graph.saved_tensors_hooks; where those have another owner (checkpointing, offloading), in graphs and under
 torch.func, which have ways of their own to save memory, everything is kept.

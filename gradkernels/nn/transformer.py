@@ -8,24 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels.nn.attention import MultiheadAttention, flattened, nested
+from gradkernels.nn.linear import applied, bare, linear
 from gradkernels.nn.norm import LayerNorm, added, dropped, normed, normed_sum
 from gradkernels.nn.remake import remade, remaking, rounded
 from gradkernels.ops._fused import draw_seed
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def bare(*modules: nn.Module) -> bool:
-    """Calling these modules does what their classes say and nothing else: nobody listens, and nobody put others in their place."""
-    return not _has_any_global_hook() and all(
-        type(m) in (LayerNorm, nn.LayerNorm, nn.Linear, nn.Dropout, nn.ReLU, nn.GELU)
-        and not any(getattr(m, hooks) for hooks in HOOKS)
-        and "forward" not in m.__dict__
-        for m in modules
-    )
 
 
 def _ours(layer: nn.Module, recompute: bool) -> None:
@@ -67,14 +55,14 @@ def feed_forward(x: Tensor, layer: Any) -> Tensor:
         return layer.linear2(dropout(layer.activation(first(x))))
     x = rounded(x)
     if layer.recompute:
-        hidden = remade(act, remade(F.linear, x, first.weight, first.bias))
+        hidden = remade(act, remade(linear, x, first.weight, first.bias))
     else:
-        hidden = F.linear(x, first.weight, first.bias)
+        hidden = linear(x, first.weight, first.bias)
         # the result of relu is all that its backward reads, and no more than its input
         hidden = act(hidden) if act is F.relu else remade(act, hidden)
     if dropout.training and dropout.p > 0:
         hidden = remade(partial(dropped, p=dropout.p), hidden, draw_seed(hidden))
-    return layer.linear2(hidden)
+    return applied(layer.linear2, hidden)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
