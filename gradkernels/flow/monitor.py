@@ -113,7 +113,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
 
     * at every recorded step the norms of h and c, the memory horizon, the decay per step, and residual, attention and Transformer blocks
       (torch's too): norms at entrance and exit, and the share of the gradient that came past the sublayers. (After the norm, with
-      ``norm="post"``: past the first sublayer; not of an AttentionBlock.)
+      ``norm="post"``: past the first sublayer.)
     * at the first, second, third, fifth, ninth ... and then every 128th recorded step also the norm of dL/dx_t where x wants a gradient, the share of
       saturated values of each gate, in up to four rows of the batch, and of every layer's parameters the norm, that of the
       gradient, and ||new - old|| / ||old||.
