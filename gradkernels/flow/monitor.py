@@ -120,8 +120,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
     * of a plain recurrent layer of torch, whose kernels tell nothing of the states, dL/dx_t of its input instead of h and c.
       `gk.convert` makes it one of ours.
 
-    No hook runs in backward, and no step waits for a device. Overhead is about 50 microseconds a step and 15 for every further layer on one CPU;
-    bench/flow.py measures it.
+    No hook runs in backward, and no step waits for a device; ``python -m bench.flow`` measures what it costs.
 
     Args:
         model: to be watched; a wrapper (DDP, torch.compile) or what is inside. Compile after watching.
