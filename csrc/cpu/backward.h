@@ -191,7 +191,7 @@ template <class Cell, class T, class P> class Backward {
     if (Cell::D && i >= q.skip) extra.d[0].store(owed_at(i, b, v));
     for (int k = q.w_hr ? 1 : 0; k < S; k++) {
       ds[k].store(carry_at(k, b, v));
-      if (norm) norm[k].add(total[k], m);
+      if (norm) norm[k].add(total[k], m, b);
     }
   }
 
@@ -230,7 +230,7 @@ template <class Cell, class T, class P> class Backward {
       if (q.w_hr) {
         put(&ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
         V(0).store(carry_at(0, b, v));
-        if (norm) norm[0].add(dh, q.R - v * L);
+        if (norm) norm[0].add(dh, q.R - v * L, b);
         return;
       }
       begin(p, i, b, v, dh, norm);

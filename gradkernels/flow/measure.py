@@ -51,11 +51,11 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
             else:
                 layer: Layer = point.layers[at]
                 made[k].layers[layer.name] = Flow()  # in the order of the model
-                together[len(layer.states), layer.reverse, len(squares)].append((k, layer, squares, point))
+                together[len(layer.states), layer.reverse, squares.shape].append((k, layer, squares, point))
     full = set()
-    for (S, reverse, _), rows in together.items():
+    for (S, reverse, shape), rows in together.items():
         lengths = fill(made, rows, scales, S, reverse)
-        full |= {point for (*_, v, point), T in zip(rows, lengths) if T == len(v)}
+        full |= {point for (*_, point), T in zip(rows, lengths) if T == shape[0]}
     for record, step in zip(made, steps):
         record.dead = dict(zip(step.dead, to_host([*step.dead.values()]).tolist())) if step.dead else {}
         if step.parameters:
@@ -66,7 +66,7 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
 
 
 def to_host(tensors: list[Tensor]) -> Array:
-    return torch.stack([t.detach() for t in tensors]).cpu().numpy()
+    return torch.stack(tensors).detach().cpu().numpy()
 
 
 def group(old: float, grad: float, change: float) -> Group:
@@ -85,8 +85,8 @@ def fill(
     made: list[Record], rows: list[tuple[int, Layer, Tensor, Any]], scales: Array, S: int, reverse: bool
 ) -> list[int]:
     """Squares [steps, C] of layers of S states, into the flows of their records; returns how many steps each has."""
-    states, columns = S or 1, max(S + 1, 2)  # of norms, with the number of rows; without states there is x
-    squares = to_host([v if v.shape[1] == columns else v[:, :columns] for _, _, v, _ in rows])
+    states = S or 1  # without states there is x
+    squares = to_host([v for _, _, v, _ in rows])
     log10 = log10_norm(squares[:, :, :states], scales[[k for k, *_ in rows], None, None]).astype(np.float32)
     lengths = np.count_nonzero(squares[:, :, states], 1)
     for T in np.unique(lengths).tolist():
@@ -96,13 +96,13 @@ def fill(
         broken = np.any(~(log < np.inf), (1, 2)).tolist()
         numbers = zip(at.tolist(), log, horizons(back), decays(back), reach(back), broken)
         for j, values, far, line, reached, bad in numbers:
-            k, layer, v, _ = rows[j]
+            k, layer, *_ = rows[j]
             flow = made[k].layers[layer.name]
             own = values.T.copy()  # a view would keep the others alive
             flow.signals = dict(zip(layer.states or ("x",), own))
             flow.horizon, flow.decay, flow.reached, flow.broken = far, line, reached, bad
-            if v.shape[1] > columns:
-                details(flow, layer, v[:T].cpu().numpy(), scales[k])
+            if S and squares.shape[2] > S + 1:
+                details(flow, layer, squares[j, :T], scales[k])
     steps: list[int] = lengths.tolist()
     return steps
 

@@ -113,15 +113,14 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
 
     * at every recorded step the norms of h and c, the memory horizon, the decay per step, and residual, attention and Transformer blocks
       (torch's too): norms at entrance and exit, and the share of the gradient that came past the sublayers. (After the norm, with
-      ``norm="post"``: past the first sublayer; not of an AttentionBlock.)
+      ``norm="post"``: past the first sublayer.)
     * at the first, second, third, fifth, ninth ... and then every 128th recorded step also the norm of dL/dx_t where x wants a gradient, the share of
       saturated values of each gate, in up to four rows of the batch, and of every layer's parameters the norm, that of the
       gradient, and ||new - old|| / ||old||.
     * of a plain recurrent layer of torch, whose kernels tell nothing of the states, dL/dx_t of its input instead of h and c.
       `gk.convert` makes it one of ours.
 
-    No hook runs in backward, and no step waits for a device. Overhead is about 50 microseconds a step and 15 for every further layer on one CPU;
-    bench/flow.py measures it.
+    No hook runs in backward, and no step waits for a device; ``python -m bench.flow`` measures what it costs.
 
     Args:
         model: to be watched; a wrapper (DDP, torch.compile) or what is inside. Compile after watching.

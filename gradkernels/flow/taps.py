@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
@@ -44,7 +43,8 @@ class Receive(Function):
     """x, unchanged, and a zero that `Send` hands a gradient back through: the entrance of a block.
 
     The gradient of `probe` [4] is |g|^2 of the entrance, nothing for the exit, then of the two paths that g is the sum of:
-    the residual one and the sublayer's. What `Send` handed back is the one of them that `residual` says.
+    the residual one and the sublayer's. What `Send` handed back is the one of them that `residual` says; of the residual one, which
+    is the gradient of the exit, `Send` has the square.
     """
 
     @staticmethod
@@ -57,16 +57,16 @@ class Receive(Function):
     def backward(ctx: Any, g: Tensor | None, path: Tensor | None) -> Any:
         if g is None:
             return None, None, None
-        zero = g.new_zeros((), dtype=torch.double)
-        one = other = zero
+        here = there = None
         if path is not None:
-            one, other = square(path), square(g.detach() - path.detach())
-        paths = [one, other] if ctx.residual else [other, one]
-        return g, torch.stack([square(g), zero, *paths]), None
+            other = g.detach() - path.detach()
+            here, there = (None, other) if ctx.residual else (other, path)
+        return g, squared(g, None, here, there), None
 
 
 class Send(Function):
-    """x, unchanged; its gradient is also that of `path`, the zero of `Receive`, and its square the exit's in `probe` [4]."""
+    """x, unchanged; its gradient is also that of `path`, the zero of `Receive`, and its square the exit's in `probe` [4], and with
+    both the residual path's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: Tensor | None, probe: Tensor | None) -> Tensor:
@@ -77,12 +77,25 @@ class Send(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         found = None
         if ctx.needs_input_grad[2]:
-            found = F.pad(square(g).view(1), (1, 2))
+            found = squared(None, g, None if ctx.path is None else g, None)
         return g, None if ctx.path is None else g.to(ctx.path[0]).reshape(ctx.path[1]), found
 
 
-def square(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.detach(), dtype=torch.double).square()
+def squared(*parts: Tensor | None) -> Tensor:
+    """The squared norm of each in float64, 0 of None.
+
+    For that torch makes a copy in float64 on a CPU, which takes ten times as long as float32 does; that is enough where it comes nowhere
+    near the ends of its range.
+    """
+    parts = tuple(v if v is None else v.detach() for v in parts)
+    some = next(v for v in parts if v is not None)
+    if some.device.type == "cpu" and some.dtype == torch.float32 and not torch.compiler.is_compiling():
+        flat = [v if v is None else v.reshape(-1) for v in parts]
+        found = [None if v is None else torch.dot(v, v).item() for v in flat]
+        if all(s is None or 1e-20 < s < 1e30 for s in found):
+            return torch.tensor([s or 0.0 for s in found], dtype=torch.double)
+    norm = lambda v: torch.linalg.vector_norm(v, dtype=torch.double).square()
+    return torch.stack([some.new_zeros((), dtype=torch.double) if v is None else norm(v) for v in parts])
 
 
 def listening() -> bool:

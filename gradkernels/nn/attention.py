@@ -310,11 +310,14 @@ class AttentionBlock(ResidualBlock):
             return self.forward(input.unsqueeze(0), mask).squeeze(0)
         if input.dim() != 3 or input.shape[2] != self.d_model:
             raise RuntimeError(f"input must be [B, T, {self.d_model}] or [T, {self.d_model}], got {list(input.shape)}")
-        attn, T, mask = self.sublayer, input.shape[1], key_padding_mask
+        T, mask, hidden = input.shape[1], key_padding_mask, None
         if mask is not None and mask.shape != input.shape[:2]:
             raise RuntimeError(
                 f"key_padding_mask must be {list(input.shape[:2])} beside input {list(input.shape)}, got {list(mask.shape)}"
             )
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"key_padding_mask must be bool or floating point, got {mask.dtype}")
-        return self._around(input, partial(attn.of_itself, seen=attn.seen(None, mask, self.causal, T, T)))
+        if self.causal:  # is_causal says it all: what stands for the mask is never read
+            hidden = (input.new_zeros((), dtype=torch.bool) if mask is None else mask.new_zeros(())).expand(T, T)
+        how = {"key_padding_mask": mask, "need_weights": False, "attn_mask": hidden, "is_causal": self.causal}
+        return self._around(input, lambda x: self.sublayer(x, x, x, **how))

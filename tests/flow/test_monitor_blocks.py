@@ -54,11 +54,31 @@ def test_block(kind, norm):
     out.square().sum().backward()
     assert got.exit == pytest.approx(norm10(y.grad))
     assert got.entrance == pytest.approx(norm10(here.grad + there.grad))
-    if kind == "attention" and norm == "post":  # attention is no module there, whose input could be told apart
-        assert got.residual_share is None
-    else:
-        assert got.residual_share == pytest.approx(share(here.grad, there.grad))
-        assert 0.1 < got.residual_share < 1
+    assert got.residual_share == pytest.approx(share(here.grad, there.grad))
+    assert 0.1 < got.residual_share < 1
+
+
+@pytest.mark.parametrize("norm", ("pre", "post"))
+def test_attention_block_written_out(norm):
+    """Causal and padded, its products and its softmax in torch operations."""
+    block, x = gk.nn.AttentionBlock(D, 2, dropout=0.0, norm=norm, causal=True).double(), torch.randn(3, 5, D).double()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+    got = measured(block, lambda: block(x, padding), "AttentionBlock")
+    hidden, attn = torch.ones(5, 5, dtype=torch.bool).triu(1) | padding[:, None, None], block.sublayer
+
+    def attend(v):
+        qkv = F.linear(v, attn.in_proj_weight, attn.in_proj_bias).view(3, 5, 3, 2, D // 2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / (D // 2) ** 0.5).masked_fill(hidden, -math.inf).softmax(-1)
+        return F.linear((weights @ v).transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+
+    here, there = (x.clone().requires_grad_() for _ in range(2))
+    normed = lambda v: F.layer_norm(v, (D,), block.weight, block.bias)
+    out = here + attend(normed(there)) if norm == "pre" else normed(here + attend(there))
+    out.square().sum().backward()
+    assert got.exit == pytest.approx(norm10(2 * out))
+    assert got.entrance == pytest.approx(norm10(here.grad + there.grad))
+    assert got.residual_share == pytest.approx(share(here.grad, there.grad))
 
 
 @pytest.mark.parametrize("norm_first", (True, False), ids=("pre", "post"))

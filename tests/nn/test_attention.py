@@ -411,6 +411,13 @@ def test_block_has_the_same_bits_whatever_is_kept(norm):
         assert torch.equal(a, b), n
 
 
+def test_hooks_of_a_block_s_attention_run():
+    block, called = gk.nn.AttentionBlock(8, 2, causal=True), []
+    block.sublayer.register_forward_hook(lambda *_: called.append(1))
+    block(torch.randn(2, 5, 8))
+    assert called == [1]
+
+
 def test_block_without_a_batch_and_what_it_drops():
     block, x = gk.nn.AttentionBlock(16, 2, dropout=0.5, causal=True), torch.randn(30, 16)
     torch.manual_seed(0)
