@@ -179,7 +179,8 @@ class Recurrent(RNNBase):
             hx = self._left_behind(input, self.carried)
         y, final = self._forward(input, hx, lengths, reset)
         if self.stateful:
-            self.carried = tuple(h.detach() for h in (final if isinstance(final, tuple) else (final,)))
+            # copies: what is done to the states that are returned is not done to these, and a graph may keep them
+            self.carried = tuple(h.detach().clone() for h in (final if isinstance(final, tuple) else (final,)))
         return y, final
 
     def _left_behind(self, input: Tensor | PackedSequence, states: tuple[Tensor, ...]) -> Any:

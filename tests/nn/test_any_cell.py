@@ -243,6 +243,25 @@ def test_compiled(options):
     exact(*outs)
 
 
+@pytest.mark.parametrize("layers", (1, 2))
+def test_carried_states_in_a_graph(layers):
+    layer = make("lstm", layers, stateful=True)
+    want = [layer(x)[0] for x in X.split(3)]
+    layer.reset_state()
+    f = torch.compile(layer, backend="aot_eager")
+    exact([f(x)[0] for x in X.split(3)], want)
+
+
+def test_carried_states_are_the_layers_own():
+    layer = make("gru", stateful=True)
+    layer(X[:4])
+    want = layer(X[4:])[0]
+    layer.reset_state()
+    _, h = layer(X[:4])
+    h.detach().zero_()
+    exact(layer(X[4:])[0], want)
+
+
 def test_exported_with_a_cell_that_is_made_again_from_its_name():
     layer = make("lstm", zoneout=0.3, variational=0.2).eval()
     file = io.BytesIO()
