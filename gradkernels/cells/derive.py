@@ -102,15 +102,15 @@ def cell(
     if function is None:
         return lambda f: cell(f, name=name, params=params, backward=backward, recompute=recompute)
     read = _read(_function(function))
-    own = None if backward is None else _read_backward(_function(backward), read)
+    own = None if backward is None else _read_backward(_function(backward, "a backward"), read)
     return build(name or function.__name__, read, recompute, params, own)
 
 
-def _function(f: object) -> types.FunctionType:
+def _function(f: object, what: str = "a cell") -> types.FunctionType:
     if not isinstance(f, types.FunctionType):
-        raise TypeError(f"a cell is a Python function, got {type(f).__name__}")
+        raise TypeError(f"{what} is a Python function, got {type(f).__name__}")
     if f.__code__.co_flags & inspect.CO_COROUTINE:
-        raise TypeError(f"a cell is a plain function, {f.__name__} is an async one")
+        raise TypeError(f"{what} is a plain function, {f.__name__} is an async one")
     return f
 
 
