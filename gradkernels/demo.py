@@ -152,7 +152,8 @@ def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Train
     for name in NAMES:
         batches = data.batches()
         trainers[name] = Trainer(build(args, name), rows_reversed(batches) if name == NAMES[2] else batches)
-    monitor = gk.flow.watch(trainers["gradkernels"].model, every=TURN)
+    alerts: list[gk.flow.Alert] = []  # for the report: warnings would come between the lines of progress
+    monitor = gk.flow.watch(trainers["gradkernels"].model, every=TURN, on_alert=alerts.append)
     with progress:
         done, begin = 0, time.monotonic()
         while done < progress.total:
@@ -174,6 +175,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     with monitor:
         if args.html:
             gk.flow.report(monitor, args.html)
+        alerts = [str(alert) for alert in monitor.alerts]
     steps = progress.total
     ran = model_backend(trainers["gradkernels"].model)
     base, ours, control = (trainers[name].losses for name in NAMES)
@@ -201,6 +203,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "ratio": results["torch"]["median_step_seconds"] / results["gradkernels"]["median_step_seconds"],
         "agreement": compare(base, ours, control) | {"control_losses": control},
         "horizon": reach(trainers["gradkernels"].model, validation.batches("validation")),
+        "alerts": alerts,
         "html": args.html or None,
         "sample": trainers["gradkernels"].model.eval().sample("def ", 400, seed=args.seed),
     }
@@ -243,6 +246,7 @@ def report(found: dict[str, Any]) -> str:
         if found["html"]
         else ""
     )
+    alerts = "".join(f"\n{alert}" for alert in found["alerts"])
     return f"""
 {table}
 
@@ -251,7 +255,7 @@ allowed there: {agreement["bound_there"]:.1e}, from what reversing the rows of e
 Speed: medians over turns of {TURN} steps, the first turn left out.
 Memory: how far {MEMORY_STEPS} training steps raise the peak of a process of their own.
 
-A thousandth of the gradient of one character's loss gets back {distances} of {s["length"] - 1} steps.{page}
+A thousandth of the gradient of one character's loss gets back {distances} of {s["length"] - 1} steps.{alerts}{page}
 
 What the converted model writes after {s["steps"]} steps:
 
@@ -291,6 +295,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
+    for option, file in (("--html", args.html), ("--plot", args.plot)):
+        if file and not Path(file).parent.is_dir():
+            print(f"{option}: there is no folder {Path(file).parent}", file=sys.stderr)
+            return 2
     out = sys.stderr if args.json else sys.stdout
     print(
         f"Two {args.cell.upper()} layers of {args.hidden} units on the standard library's sources, {args.batch} x "

@@ -160,7 +160,7 @@ def chrono_(module: Module, longest: float, generator: torch.Generator | None = 
     (True, True)
     """
     if not 2 <= longest < torch.inf:
-        raise ValueError(f"longest must be at least 2 steps, got {longest}")
+        raise ValueError(f"longest must be {'finite' if longest > 2 else 'at least 2 steps'}, got {longest}")
     for part, (keep, sign, write) in _keepers(module):
         u = 1 + (longest - 2) * torch.rand(part.module.hidden_size, generator=generator)
         _set_bias(part, keep, sign * u.log())

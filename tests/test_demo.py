@@ -26,3 +26,10 @@ def test_text_without_a_page(capsys):
     assert main(["demo", *SMALL, "--cell", "gru", "--html", ""]) == 0
     out = capsys.readouterr().out
     assert "The loss curves agree at every step." in out and "of 7 steps" in out and "browser" not in out
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_training(capsys, tmp_path):
+    for option in ("--html", "--plot"):
+        assert main(["demo", *SMALL, option, str(tmp_path / "missing" / "file")]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err == f"{option}: there is no folder {tmp_path / 'missing'}\n"

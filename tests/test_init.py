@@ -238,6 +238,8 @@ def test_what_cannot_be_scaled_is_named(weight):
 def test_chrono_needs_two_steps():
     with pytest.raises(ValueError, match=r"longest must be at least 2 steps, got 1\.5"):
         gk.init.chrono_(nn.LSTM(3, 5), 1.5)
+    with pytest.raises(ValueError, match="longest must be finite, got inf"):
+        gk.init.chrono_(nn.LSTM(3, 5), float("inf"))
 
 
 # The gate that keeps a state, the sign of the bias that makes it, the gate that writes; None: no gate does.

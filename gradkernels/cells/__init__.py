@@ -4,6 +4,7 @@ A new cell of the package is one file here and one line in the registry.
 """
 
 import difflib
+import types
 
 from . import gru, indrnn, layer_norm, lstm, lstm_variants, mgu, rnn, rnn_variants, slstm, ugrnn
 from .bind import Cell
@@ -51,9 +52,11 @@ def get(name: str | Cell) -> Cell:
     if isinstance(name, Cell):
         return name
     if not isinstance(name, str):
-        raise TypeError(f"cell must be a name or a Cell, got {type(name).__name__}")
+        hint = ": @gk.cell makes a Cell of it" if isinstance(name, types.FunctionType) else ""
+        raise TypeError(f"cell must be a name or a Cell, got {type(name).__name__}{hint}")
     if name not in CELLS:
-        near = difflib.get_close_matches(name, CELLS, 1)
+        short = name.lower()
+        near = [c for c in CELLS if f"{c}_".startswith(f"{short}_")] or difflib.get_close_matches(short, CELLS, 1)
         hint = f"did you mean {near[0]}? C" if near else "c"
         raise ValueError(f"unknown cell {name!r}; {hint}ells are {', '.join(CELLS)}")
     return CELLS[name]

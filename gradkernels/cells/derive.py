@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .save import choose_saved
 from .source import find, scope
 
 Params = Sequence[tuple[str, int, "float | None"]]  # name, how many, initial value
+_TAKEN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # what layers call their own parameters
 
 
 @overload
@@ -73,8 +75,8 @@ def cell(
 
     Raises:
         SyntaxError: anything outside the language, at the author's own file, line and column.
-        TypeError: not a Python function.
-        ValueError: params are more or fewer than the p that are read.
+        TypeError: not a Python function, a name that is no text, or params that are not (name, how many, initial value) each.
+        ValueError: params are more or fewer than the p that are read, or called like a layer's own; recompute is negative.
 
     >>> from gradkernels.cells import cell
     >>> @cell
@@ -93,16 +95,22 @@ def cell(
         dx = (dx0, dx1)
         return dx, dx, (dt[0] - dn + dv * f,), (dt[0],)
     """
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"the name of a cell is a text, got {name!r}")
+    if isinstance(recompute, str) or not recompute >= 0:
+        raise ValueError(f"recompute is a price, a number that is not negative, got {recompute!r}")
     if function is None:
         return lambda f: cell(f, name=name, params=params, backward=backward, recompute=recompute)
     read = _read(_function(function))
-    own = None if backward is None else _read_backward(_function(backward), read)
+    own = None if backward is None else _read_backward(_function(backward, "a backward"), read)
     return build(name or function.__name__, read, recompute, params, own)
 
 
-def _function(f: object) -> types.FunctionType:
+def _function(f: object, what: str = "a cell") -> types.FunctionType:
     if not isinstance(f, types.FunctionType):
-        raise TypeError(f"a cell is a Python function, got {type(f).__name__}")
+        raise TypeError(f"{what} is a Python function, got {type(f).__name__}")
+    if f.__code__.co_flags & inspect.CO_COROUTINE:
+        raise TypeError(f"{what} is a plain function, {f.__name__} is an async one")
     return f
 
 
@@ -138,7 +146,7 @@ def _read(function: types.FunctionType) -> Forward:
         reader.error(returned, "a cell returns its new states: one value, or a tuple of values")
     if s.size > len(outputs):
         count = f"{len(outputs)} state{'s are' if len(outputs) > 1 else ' is'}"
-        reader.error(returned, f"s[{s.size - 1}] is read but only {count} returned")
+        reader.error(returned, f"s[{s.size - 1}] is read but only {count} returned: return what each becomes")
     if r.size == 0 and s.size == 0:
         reader.error(node, "neither r nor s is read: this is no recurrent cell")
     if x.size == 0 and r.size == 0:
@@ -270,9 +278,21 @@ def build(
 def _named(name: str, P: int, params: Params | None) -> tuple[tuple[str, int, float | None], ...]:
     if params is None:
         return (("weight_p", P, None),) if P else ()
-    named = tuple((str(text), int(count), None if value is None else float(value)) for text, count, value in params)
+    for one in params:
+        if not (isinstance(one, (tuple, list)) and len(one) == 3 and isinstance(one[0], str)):
+            raise TypeError(f"params of cell {name} are (name, how many, initial value) each, got {one!r}")
+    named = tuple((text, int(count), None if value is None else float(value)) for text, count, value in params)
     if sum(count for _, count, _ in named) != P or any(count < 1 for _, count, _ in named):
-        raise ValueError(f"cell {name} reads {P} parameters, params name {[count for _, count, _ in named]}")
+        raise ValueError(
+            f"cell {name} reads {P} parameter{'s' * (P != 1)} p, params name {[count for _, count, _ in named]}"
+        )
+    texts = [text for text, _, _ in named]
+    for k, text in enumerate(texts):
+        if not text.isidentifier() or text in _TAKEN or text in texts[:k]:
+            raise ValueError(
+                f"params of cell {name}: a layer cannot have a parameter of the name {text!r}"
+                + (", which is its own" if text in _TAKEN else ", which there is already" if text in texts[:k] else "")
+            )
     return named
 
 

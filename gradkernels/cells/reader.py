@@ -20,6 +20,8 @@ _NAMES = {  # what people call them
     ast.For: "a loop",
     ast.While: "a loop",
     ast.ListComp: "a loop",
+    ast.SetComp: "a loop",
+    ast.DictComp: "a loop",
     ast.GeneratorExp: "a loop",
     ast.BoolOp: "'and' or 'or'",
     ast.Return: "an empty return",
@@ -27,6 +29,13 @@ _NAMES = {  # what people call them
     ast.Constant: "a constant that is no number",
     ast.FunctionDef: "a function inside a function",
     ast.Lambda: "a function inside a function",
+    ast.NamedExpr: "':='",
+    ast.Expr: "a line that gives nothing a name",
+}
+_HINTS = {  # what to do instead
+    "a branch": "; use where(condition, a, b)",
+    "a loop": "; write out what it would repeat",
+    "a line that gives nothing a name": ": the text is read, never run",
 }
 _TARGETS = "only names and tuples of names can be assigned"
 
@@ -44,8 +53,7 @@ class Reader:
 
     def refuse(self, node: ast.AST) -> NoReturn:
         what = _NAMES.get(type(node), f"'{type(node).__name__.lower()}'")
-        hint = "; use where(condition, a, b)" if what == "a branch" else ""
-        self.error(node, f"a cell is straight-line arithmetic: {what} is not allowed{hint}")
+        self.error(node, f"a cell is straight-line arithmetic: {what} is not allowed{_HINTS.get(what, '')}")
 
     def parameters(self, node: ast.FunctionDef | ast.Lambda) -> list[str]:
         a = node.args
@@ -196,15 +204,27 @@ class Reader:
                 target = self.resolve(f, name)
             case ast.Attribute() if _root(f) not in (None, *self.env):
                 target = self.attribute(f)
+            case ast.Attribute():
+                self.error(
+                    node,
+                    f"methods are not allowed on a value, a number of one unit; functions of a cell are {', '.join(VOCABULARY)}",
+                )
+            case _ if _root(f) in self.env:
+                self.error(node, f"{ast.unparse(f)} is a value and no function; only r[k](v) is called like one")
             case _:
-                self.error(node, f"methods are not allowed on a value; functions of a cell are {', '.join(VOCABULARY)}")
+                self.error(
+                    f, f"a function of a cell is called by a name: give {ast.unparse(f)} one, outside of the cell"
+                )
         if isinstance(target, Known):
             return self.known(node, target, args)
         if isinstance(target, Cell):
             return self.cell(node, target, [self.value(a) for a in args])
         if isinstance(target, types.FunctionType):  # the author's own helper: read in place
             return self.helper(node, target, [self.value(a) for a in args])
-        self.error(f, f"{ast.unparse(f)} is no function of a cell; those are {', '.join(VOCABULARY)}")
+        self.error(
+            f,
+            f"{ast.unparse(f)} is no function of a cell, which sees one unit at a time; those are {', '.join(VOCABULARY)}",
+        )
 
     def known(self, node: ast.Call, name: str, args: list) -> Node:
         wanted = (RULES.get(name) or MACROS[name])[0]
@@ -306,7 +326,10 @@ class Reader:
         if isinstance(value, tuple) and all(map(number, value)):
             return tuple(self.constant(node, v) for v in value)
         what = "function" if isinstance(value, Known) else type(value).__name__
-        self.error(node, f"'{ast.unparse(node)}' is a {what}; a cell can use numbers and call functions from outside")
+        hint = "; a number for each unit is a parameter, p[k]" if what in ("Tensor", "Parameter", "ndarray") else ""
+        self.error(
+            node, f"'{ast.unparse(node)}' is a {what}; a cell can use numbers and call functions from outside{hint}"
+        )
 
 
 class _Inner(Reader):

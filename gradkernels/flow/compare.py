@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def compare(
         title: of tables and figures.
 
     Raises:
-        TypeError: something that is no module and makes none, or a model that returns no tensor.
+        TypeError: something that is no module and makes none, no mapping of those, or a model that returns no tensor.
         ValueError: no model, a length, batch or number of seeds below 1, an input size that cannot be found, an unknown signal.
 
     Example:
@@ -197,8 +197,13 @@ def compare(
         from gradkernels.flow.experiments import ARCHITECTURES, INPUTS, made
 
         models, input_size = made(ARCHITECTURES), INPUTS
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models must be a mapping from names to modules, got {type(models).__name__}")
     if not models:
         raise ValueError("there is no model to compare")
+    if not isinstance(lengths, Iterable):
+        raise TypeError(f"lengths must be several, got {lengths!r}")
+    lengths = tuple(lengths)
     for name, n in (("batch", batch), ("seeds", seeds), *(("a length", n) for n in lengths or (0,))):
         if n < 1:
             raise ValueError(f"{name} must be at least 1, got {n}")

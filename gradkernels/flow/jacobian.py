@@ -6,7 +6,7 @@ Dims: T steps, B batch, I inputs, n values of state (all states of a row side by
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class Jacobian:
 
     steps: int
     log10_singular_values: Tensor
-    log10_norms: Tensor | None
-    mantissa: Tensor | None
-    log10_scale: Tensor | None
+    log10_norms: Tensor | None = field(repr=False)
+    mantissa: Tensor | None = field(repr=False)
+    log10_scale: Tensor | None = field(repr=False)
     log10_bound: float | None
     mean_slope: float | None
     radius: float | None

@@ -60,6 +60,8 @@ class DictLog:
     """
 
     def __init__(self, log: Callable[..., object], every: int = EVERY, prefix: str = "flow") -> None:
+        if not callable(log):
+            raise TypeError(f"log must be a function of a dict and step, got {type(log).__name__}")
         self.log, self.every, self.prefix = log, _positive(every), prefix
 
     def __call__(self, record: Record) -> None:
@@ -75,6 +77,8 @@ class TensorBoardLog:
     """
 
     def __init__(self, writer: Any, every: int = EVERY, prefix: str = "flow") -> None:
+        if not hasattr(writer, "add_scalar"):
+            raise TypeError(f"writer must be a SummaryWriter, got {type(writer).__name__}")
         self.writer, self.every, self.prefix = writer, _positive(every), prefix
 
     def __call__(self, record: Record) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Lyapunov:
     """
 
     exponents: Tensor
-    per_step: Tensor
+    per_step: Tensor = field(repr=False)
 
     @property
     def decades(self) -> Tensor:

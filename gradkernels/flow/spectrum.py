@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,10 +30,10 @@ class Spectrum:
     name: str
     layer: str
     gate: str
-    eigenvalues: Tensor
+    eigenvalues: Tensor = field(repr=False)
     radius: float
     norm: float
-    singular_values: Tensor
+    singular_values: Tensor = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: eigenvalues as [real, imaginary], None for what is not finite."""

@@ -50,7 +50,7 @@ class Recurrent(RNNBase):
     stateful: the final states, detached, are where the next call begins that is given none: truncated backpropagation through time.
     They are not in the state_dict; `reset_state()` forgets them, and a batch of another size has to.
 
-    ValueError if there is no such cell, or an option is not of its range.
+    ValueError if there is no such cell, or an option is not of its range; TypeError if it is no number.
 
     >>> layer = Recurrent("gru_reset_before", 3, 5, bidirectional=True)
     >>> y, h = layer(torch.randn(7, 4, 3))
@@ -109,11 +109,16 @@ class Recurrent(RNNBase):
         # what is off is not kept: calls without options cost nothing more
         self.options = {k: v for (k, off), v in zip(OFF.items(), given) if v != off}
         check_options(c, Options(**self.options))
-        if heads > 1 and (hidden_size % heads or proj_size or not c.recurrent):
-            raise ValueError(
-                f"heads={heads} need a recurrent product without projection, of a hidden_size that they divide"
-            )
-        self.stateful = stateful
+        if heads > 1:
+            if not c.recurrent:
+                raise ValueError(f"heads={heads} share a recurrent product, which {c.name} has not")
+            if proj_size:
+                raise ValueError(
+                    f"heads={heads} share a recurrent product without projection, got proj_size={proj_size}"
+                )
+            if hidden_size % heads:
+                raise ValueError(f"heads={heads} need a hidden_size that they divide, got {hidden_size}")
+        self.stateful = bool(stateful)
         if heads > 1 or not c.recurrent or c.P:
             for k in range(len(self._all_weights)):
                 self._fit(k, c, heads)
@@ -165,15 +170,33 @@ class Recurrent(RNNBase):
         if isinstance(reset, PackedSequence):
             reset = reset.data
         elif reset is not None and not isinstance(input, PackedSequence):
+            if not isinstance(reset, Tensor):
+                raise TypeError(f"reset must be a tensor, got {type(reset).__name__}")
             if reset.shape != input.shape[:-1]:
                 raise RuntimeError(f"reset must have shape {list(input.shape[:-1])}, got {list(reset.shape)}")
             reset = reset.unsqueeze(1) if input.dim() == 2 else reset.t() if self.batch_first else reset
         if self.stateful and hx is None and self.carried is not None:
-            hx = self.carried if len(self.carried) > 1 else self.carried[0]
+            hx = self._left_behind(input, self.carried)
         y, final = self._forward(input, hx, lengths, reset)
         if self.stateful:
-            self.carried = tuple(h.detach() for h in (final if isinstance(final, tuple) else (final,)))
+            # copies: what is done to the states that are returned is not done to these, and a graph may keep them
+            self.carried = tuple(h.detach().clone() for h in (final if isinstance(final, tuple) else (final,)))
         return y, final
+
+    def _left_behind(self, input: Tensor | PackedSequence, states: tuple[Tensor, ...]) -> Any:
+        """States of the last call as hx."""
+        if isinstance(input, PackedSequence):
+            rank, batch = 3, int(input.batch_sizes[0])
+        else:
+            rank, batch = input.dim(), input.shape[0 if self.batch_first else 1]
+        h = states[0]
+        if rank in (2, 3) and (h.dim() != rank or (rank == 3 and h.shape[1] != batch)):
+            what = f"a batch of {h.shape[1]}" if h.dim() == 3 else "a sequence without a batch"
+            raise RuntimeError(
+                f"the last call left states of {what} behind, and now comes "
+                f"{f'one of {batch}' if rank == 3 else 'a sequence without a batch'}: call reset_state() first"
+            )
+        return states if len(states) > 1 else h
 
     def reset_state(self) -> None:
         """Forget the states that the last call left behind."""

@@ -25,13 +25,13 @@ class MultiScaleRNN(nn.Module):
     A group reads x_t and the outputs that all slower groups held at t - 1; information goes from the slow to the fast, as in the
     clockwork RNN of Koutnik et al. (2014), whose groups are one plain RNN with a block-triangular matrix. Each group is a layer
     `groups[j]`, a Recurrent of that cell on every periods[j]-th step: one fused call on T / periods[j] steps. Options are those of
-    Recurrent.
+    Recurrent from zoneout to recompute: a group is one layer in one direction.
 
     forward(input, hx=None, lengths=None): input [T, B, I], [B, T, I] if batch_first, [T, I], or packed; outputs [.., H], the groups
     side by side as periods has them. hx and the final states: [1, B, H] for each state of the cell, [1, H] unbatched, a tuple
     unless there is one. Clocks start anew with every call: carry states over windows whose length all periods divide.
 
-    ValueError if n does not divide hidden_size, or a period is not positive or comes twice.
+    ValueError if n does not divide hidden_size, or a period is not positive or comes twice; TypeError of another option.
 
     >>> layer = MultiScaleRNN("gru", 3, 8, periods=(1, 4))
     >>> y, h = layer(torch.randn(9, 2, 3))
@@ -54,10 +54,13 @@ class MultiScaleRNN(nn.Module):
     ) -> None:
         super().__init__()
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
-        self.periods = tuple(periods)
+        self.periods = tuple(periods) if isinstance(periods, Sequence) else ()
         n = len(self.periods)
-        if n == 0 or min(self.periods) < 1 or len(set(self.periods)) < n:
-            raise ValueError(f"periods must be different positive numbers of steps, got {self.periods}")
+        if n == 0 or any(not isinstance(p, int) or p < 1 for p in self.periods) or len(set(self.periods)) < n:
+            raise ValueError(f"periods must be different positive numbers of steps, got {periods!r}")
+        for name in ("num_layers", "dropout", "bidirectional", "proj_size", "stateful"):
+            if name in options:
+                raise TypeError(f"MultiScaleRNN has no {name}: a group is one layer in one direction")
         if hidden_size % n:
             raise ValueError(f"hidden_size must be a multiple of the number of groups {n}, got {hidden_size}")
         units, kwargs = (

@@ -1,4 +1,5 @@
-"""Weights that were trained elsewhere, as the state_dict of a layer here. Functions of tensors: none of those packages is needed.
+"""Weights that were trained elsewhere, as the state_dict of a layer here. Functions of tensors and arrays: none of those packages is
+needed.
 
 Dims: I input features, H hidden units, G gates.
 """
@@ -16,7 +17,7 @@ _PER_UNIT = {"weight_ph": ("weight_c", 3), "vector_u": ("weight_h", 1)}
 
 
 def keras_gru(weights: Sequence[Tensor], suffix: str = "_l0") -> dict[str, Tensor]:
-    """Of a Keras GRU layer's `get_weights()`, as tensors: kernel [I, 3H], recurrent_kernel [H, 3H], and bias, if it has one.
+    """Of a Keras GRU layer's `get_weights()`: kernel [I, 3H], recurrent_kernel [H, 3H], and bias, if it has one.
 
     Keras keeps the gates z r h, here they are r z n; its update is the same. A bias [3H] is that of ``reset_after=False``, for
     GRU(reset_after=False) or Recurrent("gru_reset_before"); [2, 3H], input and recurrent, that of ``reset_after=True``, for GRU.
@@ -35,11 +36,11 @@ def keras_gru(weights: Sequence[Tensor], suffix: str = "_l0") -> dict[str, Tenso
         z, r, n = v.chunk(3, -1)
         return torch.cat([r, z, n], -1)
 
-    return _keras([order(v) for v in weights], 3, suffix)
+    return _keras([order(torch.as_tensor(v)) for v in weights], 3, suffix)
 
 
 def keras_lstm(weights: Sequence[Tensor], suffix: str = "_l0") -> dict[str, Tensor]:
-    """Of a Keras LSTM layer's `get_weights()`, as tensors: kernel [I, 4H], recurrent_kernel [H, 4H], and bias [4H], if it has one.
+    """Of a Keras LSTM layer's `get_weights()`: kernel [I, 4H], recurrent_kernel [H, 4H], and bias [4H], if it has one.
 
     Gates are i f c o on both sides; a second bias, which torch has, is zero. suffix as in `keras_gru`.
 
@@ -50,7 +51,7 @@ def keras_lstm(weights: Sequence[Tensor], suffix: str = "_l0") -> dict[str, Tens
     >>> lstm.load_state_dict(keras_lstm([torch.randn(3, 20), torch.randn(5, 20)]))
     <All keys matched successfully>
     """
-    return _keras(list(weights), 4, suffix)
+    return _keras([torch.as_tensor(v) for v in weights], 4, suffix)
 
 
 def _keras(weights: list[Tensor], G: int, suffix: str) -> dict[str, Tensor]:

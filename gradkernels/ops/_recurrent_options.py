@@ -7,6 +7,7 @@ cell has them. Dims: as in recurrent.py; M masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from gradkernels.ops._recurrent_resets import keep_flags
 from gradkernels.ops._recurrent_windows import by_windows
 
 KINDS = {"step": DRAWN, "sequence": FIXED}
+WHOLE = (int, torch.SymInt, Integral)
+NUMBER = (int, float, torch.SymInt, torch.SymFloat, Real)
 
 
 class Options(NamedTuple):
@@ -65,12 +68,25 @@ def _zones(c: Cell, o: Options) -> list[float]:
 def check_options(c: Cell, o: Options) -> None:
     """Values that no tensor has to be looked at for."""
     zones = _zones(c, o)
+    for name, n in (("skip", o.skip), ("heads", o.heads), ("recompute", o.recompute)):
+        if not isinstance(n, WHOLE):
+            raise TypeError(f"{name} must be a whole number, got {n!r}")
+    if not isinstance(o.clip_grad, NUMBER):
+        raise TypeError(f"clip_grad must be a number, got {o.clip_grad!r}")
+    if not isinstance(o.noise, Sequence):
+        raise TypeError(f"noise must be a list of (p, high, kind), got {o.noise!r}")
+    for plane in o.noise:
+        if not isinstance(plane, Sequence) or len(plane) != 3:
+            raise ValueError(f"noise must have (p, high, kind) for each mask, got {plane!r}")
     for name, p in (
         *(("zoneout", p) for p in zones),
         ("recurrent_dropout", o.recurrent_dropout),
         ("variational", o.variational),
         ("weight_drop", o.weight_drop),
+        *(("p of noise", plane[0]) for plane in o.noise),
     ):
+        if not isinstance(p, NUMBER):
+            raise TypeError(f"{name} must be a number, got {p!r}")
         if not 0 <= p <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {p}")
     if len(zones) != c.S:
@@ -80,13 +96,18 @@ def check_options(c: Cell, o: Options) -> None:
     if (o.recurrent_dropout or o.variational or o.weight_drop) and not c.recurrent:
         raise ValueError(f"{c.name} has no recurrent product that could drop anything")
     if len(o.noise) != c.M:
-        raise ValueError(f"cell {c.name} has {c.M} masks, and noise (p, high, kind) for each; got {len(o.noise)}")
+        count = f"{c.M} mask{'s' * (c.M != 1)}"
+        raise ValueError(f"cell {c.name} has {count}, and noise (p, high, kind) for each; got {len(o.noise)}")
     for _, _, kind in o.noise:
         if kind not in KINDS:
             raise ValueError(f"the kind of a mask is 'step' or 'sequence', got {kind!r}")
     if o.skip < 0 or (c.D and not o.skip):
         raise ValueError(
             f"skip must be {'at least 1' if c.D else 'positive, or 0 for none'} for {c.name}, got {o.skip}"
+        )
+    if o.skip and (o.reset is not None or o.recurrent_dropout or o.variational):
+        raise ValueError(
+            "reset, recurrent_dropout and variational do not reach the state of some steps ago, which skip has"
         )
     if not o.clip_grad >= 0:
         raise ValueError(f"clip_grad must not be negative, got {o.clip_grad}")

@@ -23,7 +23,7 @@ WRONG = {
     "unknown attribute": ("import torch\ndef f(x, r, s):\n    return ⟦torch.sigmo⟧(x[0] + r[0])", "unknown name 'torch.sigmo'"),
     "not of the language": ("import torch\ndef f(x, r, s):\n    return ⟦torch.cumsum⟧(x[0] + r[0])", "torch.cumsum is no function of a cell"),
     "torch's mean": ("import torch\ndef f(x, r, s):\n    return ⟦torch.mean⟧(x[0] + r[0])", "torch.mean is no function of a cell"),
-    "object": ("import torch\nw = torch.ones(3)\ndef f(x, r, s):\n    return ⟦w⟧ * (x[0] + r[0])", "'w' is a Tensor; a cell can use numbers"),
+    "object": ("import torch\nw = torch.ones(3)\ndef f(x, r, s):\n    return ⟦w⟧ * (x[0] + r[0])", "'w' is a Tensor; a cell can use numbers and call functions from outside; a number for each unit is a parameter, p[k]"),
     "function as a value": ("def f(x, r, s):\n    return ⟦tanh⟧ * (x[0] + r[0])", "'tanh' is a function"),
     "method": ("def f(x, r, s):\n    return tanh(⟦x[0].sum()⟧ + r[0])", "methods are not allowed on a value"),
     "method of a group": ("def f(x, r, s):\n    return ⟦x.sum()⟧ + r[0]", "methods are not allowed on a value"),
@@ -62,6 +62,14 @@ WRONG = {
     "chained comparison": ("def f(x, r, s):\n    return where(⟦0 < x[0] < 1⟧, x[0], r[0])", "a condition is one comparison"),
     "equality": ("def f(x, r, s):\n    return where(⟦x[0] == 0⟧, x[0], r[0])", "a condition is one comparison"),
     "condition that is a value": ("def f(x, r, s):\n    return where(⟦x[0]⟧, x[0], r[0])", "a condition is one comparison"),
+    "line of its own": ("def f(x, r, s):\n    ⟦print(x[0])⟧\n    return x[0] + r[0]", "a line that gives nothing a name is not allowed: the text is read"),
+    "walrus": ("def f(x, r, s):\n    return (⟦h := x[0] + r[0]⟧)", "':=' is not allowed"),
+    "set of a loop": ("def f(x, r, s):\n    a, b = ⟦{x[k] for k in (0, 1)}⟧\n    return a + r[0]", "a loop is not allowed; write out what"),
+    "call of a group's value": ("def f(x, r, s):\n    return ⟦x[0](s[0])⟧ + r[0]", "x[0] is a value and no function; only r[k](v)"),
+    "call of what has no name": (
+        "import gradkernels as gk\ndef f(x, r, s):\n    return ⟦gk.cells.CELLS['gru']⟧(x, r, s)",
+        "called by a name: give gk.cells.CELLS['gru'] one, outside of the cell",
+    ),
     "no return": ("⟦def f(x, r, s):\n    h = x[0] + r[0]⟧", "a cell must return its new states"),
     "empty return": ("def f(x, r, s):\n    h = x[0] + r[0]\n    ⟦return⟧", "an empty return is not allowed"),
     "returns a group": ("def f(x, r, s):\n    h = x[0] + r[0]\n    return ⟦s⟧", "a cell returns its new states"),
@@ -169,5 +177,40 @@ def test_get():
         match="unknown cell 'lstm_peepole'; did you mean lstm_peephole[?] Cells are lstm, gru, gru_reset_before",
     ):
         get("lstm_peepole")
-    with pytest.raises(TypeError, match="cell must be a name or a Cell, got int"):
+    with pytest.raises(TypeError, match="cell must be a name or a Cell, got int$"):
         get(3)
+    with pytest.raises(TypeError, match="got function: @gk.cell makes a Cell of it"):
+        get(lambda x, r, s: x[0] + r[0])
+    for name, near in (("rnn", "rnn_tanh"), ("Gru", "gru"), ("LSTM_Peephole", "lstm_peephole")):
+        with pytest.raises(ValueError, match=f"unknown cell '{name}'; did you mean {near}[?]"):
+            get(name)
+
+
+def test_wrong_options():
+    async def later(x, r, s):
+        return x[0] + r[0]
+
+    with pytest.raises(TypeError, match="a cell is a plain function, later is an async one"):
+        cell(later)
+    with pytest.raises(TypeError, match="the name of a cell is a text, got 3"):
+        cell(name=3)
+    for price in (-1, "much", float("nan")):
+        with pytest.raises(ValueError, match="recompute is a price"):
+            cell(recompute=price)
+
+
+PARAMS = {
+    "text": (["w"], TypeError, r"are \(name, how many, initial value\) each, got 'w'"),
+    "pair": ([("w", 2)], TypeError, r"got \('w', 2\)"),
+    "number": ([(3, 2, None)], TypeError, r"got \(3, 2, None\)"),
+    "too few": ([("w", 1, None)], ValueError, r"reads 2 parameters p, params name \[1\]"),
+    "dot": ([("w.v", 2, None)], ValueError, "cannot have a parameter of the name 'w.v'$"),
+    "a layer's": ([("weight_hh", 2, None)], ValueError, "of the name 'weight_hh', which is its own"),
+    "twice": ([("w", 1, None), ("w", 1, None)], ValueError, "of the name 'w', which there is already"),
+}
+
+
+@pytest.mark.parametrize(("params", "exception", "text"), PARAMS.values(), ids=PARAMS)
+def test_wrong_params(params, exception, text):
+    with pytest.raises(exception, match=text):
+        cell(params=params)(lambda x, r, s, p: p[0] * x[0] + p[1] * r[0])

@@ -96,5 +96,5 @@ def test_adjoint_of_the_operand_is_made_of_late_gates():
 
 
 def test_backward_that_is_no_function():
-    with pytest.raises(TypeError, match="a cell is a Python function, got int"):
+    with pytest.raises(TypeError, match="a backward is a Python function, got int"):
         cell(straight_through, backward=3)

@@ -130,5 +130,5 @@ def test_a_cell_called_wrongly(function, message):
 
 
 def test_params_are_as_many_as_are_read():
-    with pytest.raises(ValueError, match=r"reads 1 parameters, params name \[2\]"):
+    with pytest.raises(ValueError, match=r"reads 1 parameter p, params name \[2\]"):
         cell(params=[("w", 2, None)])(lambda x, r, s, p: tanh(x[0] + r[0] + p[0]))

@@ -159,6 +159,8 @@ def test_figure(tmp_path):
 
 WRONG = [
     ({"models": {}}, ValueError, "there is no model to compare"),
+    ({"models": nn.GRU(3, 5)}, TypeError, "models must be a mapping from names to modules, got GRU"),
+    ({"lengths": 10}, TypeError, "lengths must be several, got 10"),
     ({"lengths": ()}, ValueError, "a length must be at least 1"),
     ({"lengths": (5, 0)}, ValueError, "a length must be at least 1, got 0"),
     ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),

@@ -72,6 +72,13 @@ def test_an_unwritable_file_is_refused_at_once(tmp_path):
         gk.flow.JsonlLog(tmp_path / "flow.jsonl", every=0)
 
 
+def test_what_cannot_be_logged_to_is_refused_at_once():
+    with pytest.raises(TypeError, match="log must be a function of a dict and step, got int"):
+        gk.flow.DictLog(3)
+    with pytest.raises(TypeError, match="writer must be a SummaryWriter, got str"):
+        gk.flow.TensorBoardLog("runs")
+
+
 def test_tensorboard(tmp_path):
     """Written by tensorboardX, read back from its file."""
     from tensorboardX import SummaryWriter

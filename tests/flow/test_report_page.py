@@ -40,6 +40,8 @@ def visit(browser, tmp_path):
         # the remark on reading pixels is about these tests, which do
         page.on("console", lambda m: "getImageData" in m.text or complaints.append(m.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
+        # what nobody threw, as of observers whose work is not done within a frame
+        page.add_init_script("addEventListener('error', (event) => console.log(event.message))")
         page.on("request", lambda request: asked.append(request.url))
         if not isinstance(source, str):
             source = gk.flow.report(source, tmp_path / "flow.html", comparison=comparison).as_uri()

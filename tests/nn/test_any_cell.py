@@ -155,8 +155,12 @@ def test_carried_states_are_truncated_backpropagation():
     grads = [torch.autograd.grad(v.sum(), list(m.parameters())) for v, m in ((y, layer), (second, plain))]
     exact(*grads)
     assert "stateful=True" in repr(layer) and set(layer.state_dict()) == set(plain.state_dict())
-    with pytest.raises(RuntimeError, match="Expected hidden"):
+    with pytest.raises(
+        RuntimeError, match="left states of a batch of 4 behind, and now comes one of 2: call reset_state"
+    ):
         layer(X[:, :2])
+    with pytest.raises(RuntimeError, match="now comes a sequence without a batch: call reset_state"):
+        layer(X[:, 0])
     layer.reset_state()
     exact(layer(X[:4])[0], first)
 
@@ -239,6 +243,25 @@ def test_compiled(options):
     exact(*outs)
 
 
+@pytest.mark.parametrize("layers", (1, 2))
+def test_carried_states_in_a_graph(layers):
+    layer = make("lstm", layers, stateful=True)
+    want = [layer(x)[0] for x in X.split(3)]
+    layer.reset_state()
+    f = torch.compile(layer, backend="aot_eager")
+    exact([f(x)[0] for x in X.split(3)], want)
+
+
+def test_carried_states_are_the_layers_own():
+    layer = make("gru", stateful=True)
+    layer(X[:4])
+    want = layer(X[4:])[0]
+    layer.reset_state()
+    _, h = layer(X[:4])
+    h.detach().zero_()
+    exact(layer(X[4:])[0], want)
+
+
 def test_exported_with_a_cell_that_is_made_again_from_its_name():
     layer = make("lstm", zoneout=0.3, variational=0.2).eval()
     file = io.BytesIO()
@@ -267,12 +290,33 @@ WRONG = {
     "each state": ({"zoneout": (0.1, 0.1, 0.1)}, "zoneout must be one number or 2"),
     "both": ({"variational": 0.1, "recurrent_dropout": 0.1}, "give one of them"),
     "clip": ({"clip_grad": -1.0}, "clip_grad must not be negative"),
-    "heads": ({"heads": 4}, "heads=4 need .* a hidden_size that they divide"),
+    "heads": ({"heads": 4}, "heads=4 need a hidden_size that they divide, got 6"),
+    "heads and projection": ({"heads": 2, "proj_size": 2}, "heads=2 share a recurrent product without projection"),
     "no heads": ({"heads": 0}, "heads must be at least 1"),
     "windows": ({"recompute": 3, "skip": 2}, "recompute begins a window with the states alone"),
     "skip": ({"skip": -1}, "skip must be positive"),
+    "skip and dropout": ({"skip": 2, "variational": 0.1}, "do not reach the state of some steps ago"),
     "noise": ({"noise": [(0.1, 1.0, "step")]}, "cell lstm has 0 masks"),
+    "half a mask": ({"noise": [(0.1, 1.0)]}, r"\(p, high, kind\) for each mask, got \(0.1, 1.0\)"),
+    "mask without a list": ({"noise": (0.1, 1.0, "step")}, r"\(p, high, kind\) for each mask, got 0.1"),
+    "probability": ({"noise": [(2, 1.0, "step")]}, "p of noise must be between 0 and 1, got 2"),
 }
+NO_NUMBERS = {
+    "zoneout": "a",
+    "recurrent_dropout": None,
+    "weight_drop": "0.1",
+    "noise": 0.1,
+    "clip_grad": "1",
+    "heads": 2.0,
+    "recompute": 2.5,
+    "skip": "2",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), NO_NUMBERS.items())
+def test_options_that_are_no_numbers(option, value):
+    with pytest.raises(TypeError, match=f"{option} must be a .*, got {value!r}"):
+        make("lstm", **{option: value})
 
 
 @pytest.mark.parametrize(("options", "text"), WRONG.values(), ids=WRONG)
@@ -288,7 +332,11 @@ def test_other_errors():
         make()(X, reset=torch.zeros(7, 3, dtype=torch.bool))
     with pytest.raises(TypeError, match="reset must be bool, got torch.float32"):
         make()(X, reset=torch.zeros(7, 4))
-    with pytest.raises(ValueError, match="has a delayed value"):
+    with pytest.raises(TypeError, match="reset must be a tensor, got list"):
+        make()(X, reset=[True])
+    with pytest.raises(ValueError, match="heads=2 share a recurrent product, which indrnn has not"):
+        make("indrnn", heads=2)
+    with pytest.raises(ValueError, match="do not reach the state of some steps ago"):
         make(skip=2)(X, reset=torch.zeros(7, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="skip must be at least 1, got 0"):
         gk.nn.SkipRNN("lstm", 3, 6, skip=0)
@@ -296,10 +344,14 @@ def test_other_errors():
         ((), "periods must be"),
         ((1, 1), "periods must be"),
         ((0, 1), "periods must be"),
+        ((1, 2.5), "periods must be"),
+        (4, "periods must be different positive numbers of steps, got 4"),
         ((1, 2, 4, 8), "multiple"),
     ):
         with pytest.raises(ValueError, match=text):
             gk.nn.MultiScaleRNN("lstm", 3, 6, periods)
+    with pytest.raises(TypeError, match="MultiScaleRNN has no bidirectional: a group is one layer in one direction"):
+        gk.nn.MultiScaleRNN("gru", 3, 8, bidirectional=True)
     layer = gk.nn.MultiScaleRNN("gru", 3, 8, dtype=torch.double)
     with pytest.raises(RuntimeError, match="Expected 3, got 2"):
         layer(X[..., :2])

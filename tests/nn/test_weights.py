@@ -37,6 +37,13 @@ def test_keras_gru(bias):
     exact(layer(X)[0], torch.stack(want))
 
 
+def test_keras_hands_out_arrays():
+    for make, G in ((weights.keras_gru, 3), (weights.keras_lstm, 4)):
+        tensors = [v[..., : 4 * G].contiguous() for v in (new(3, 16), new(4, 16), new(16))]
+        got, want = make([v.numpy() for v in tensors]), make(tensors)
+        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
 def test_keras_lstm_in_two_directions():
     each = [[new(3, 16), new(4, 16), new(16)] for _ in range(2)]
     layer = gk.nn.LSTM(3, 4, bidirectional=True, dtype=torch.double)

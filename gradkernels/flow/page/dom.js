@@ -86,7 +86,8 @@ const painted = new Set(); // [element, its width, what paints it]
 function onWidth(element, paint) {
   const one = { element, width: 0, paint };
   painted.add(one);
-  new ResizeObserver(() => fit(one)).observe(element);
+  // in the next frame: painting may change sizes, which an observer may not do while it reports them
+  new ResizeObserver(() => requestAnimationFrame(() => fit(one))).observe(element);
 }
 
 function fit(one) {
