@@ -33,9 +33,11 @@ struct Philox {
 #endif
   }
 
-  // The words of columns [first, first + columns) of a row; first is a multiple of 4.
-  void draw(uint64_t row, uint64_t first, uint32_t *out) const {
-    Lanes x0 = count() + first / 4, x1 = Lanes{} + (row & 0xffffffffu), x2 = Lanes{} + (row >> 32), x3 = Lanes{};
+  struct Words {
+    Lanes x0, x1, x2, x3;
+  };
+  Words block(Lanes row, Lanes column) const {
+    Lanes x0 = column / 4, x1 = row, x2 = row >> 32, x3 = Lanes{};
     uint32_t k0 = key[0], k1 = key[1];
 #pragma GCC unroll 10
     for (int round = 0; round < 10; round++, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
@@ -44,6 +46,12 @@ struct Philox {
       x2 = (a >> 32) ^ x3 ^ k1;
       x1 = b, x3 = a;
     }
+    return {x0, x1, x2, x3};
+  }
+
+  // The words of columns [first, first + columns) of a row; first is a multiple of 4.
+  void draw(uint64_t row, uint64_t first, uint32_t *out) const {
+    const auto [x0, x1, x2, x3] = block(Lanes{} + row, 4 * count() + first);
     // Words 0 and 1 of each block side by side, then 2 and 3; then the blocks one after the other.
     const Lanes low = (x0 & 0xffffffffu) | (x1 << 32), high = (x2 & 0xffffffffu) | (x3 << 32);
     uint64_t *const to = reinterpret_cast<uint64_t *>(out);
@@ -59,6 +67,17 @@ struct Philox {
     even = __builtin_shuffle(low, high, pick_even), odd = __builtin_shuffle(low, high, pick_odd);
 #endif
     std::memcpy(to, &even, sizeof even), std::memcpy(to + blocks, &odd, sizeof odd);
+  }
+
+  // The words of columns [first, first + 4) of `blocks` rows, `step` apart: [4][blocks].
+  void draw_down(uint64_t row, uint64_t step, uint64_t first, uint32_t *out) const {
+    typedef uint32_t Half __attribute__((vector_size(vector_bytes / 2)));
+    const auto [x0, x1, x2, x3] = block(count() * step + row, Lanes{} + first);
+    const Lanes words[4] = {x0, x1, x2, x3};
+    for (int i = 0; i < 4; i++) {
+      const Half low = __builtin_convertvector(words[i], Half);
+      std::memcpy(out + i * blocks, &low, sizeof low);
+    }
   }
 
 #if defined(__clang__)
@@ -92,6 +111,20 @@ template <class F> struct Dropout {
       d.philox.draw(row, first + c, words);
       for (int i = 0; i < Philox::columns; i++) factors[c + i] = words[i] < d.below ? F(0) : d.scale;
     }
+  }
+  // The same for n rows, `step` apart, side by side: [columns][stride]; whole draws are written.
+  void factors_down(uint64_t row, uint64_t step, int64_t n, int64_t first, int64_t columns, F *factors,
+                    int64_t stride) const {
+    const Dropout d = *this;
+    constexpr int blocks = Philox::blocks;
+    alignas(64) uint32_t words[4 * blocks];
+    for (int64_t r = 0; r < n; r += blocks)
+      for (int64_t c = 0; c < columns; c += 4) {
+        d.philox.draw_down(row + r * step, step, first + c, words);
+        for (int w = 0; w < 4; w++)
+          for (int i = 0; i < blocks; i++)
+            factors[(c + w) * stride + r + i] = words[w * blocks + i] < d.below ? F(0) : d.scale;
+      }
   }
 };
 

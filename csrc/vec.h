@@ -63,6 +63,11 @@ template <class T> struct Vec {
   friend Bits operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend Bits operator>=(Vec a, Vec b) { return a.v >= b.v; }
   friend Bits operator==(Vec a, Vec b) { return a.v == b.v; }
+  static bool any(Bits c) {
+    Int all = 0;
+    for (int i = 0; i < size; i++) all |= c[i];
+    return all != 0;
+  }
   friend Vec where(Bits c, Vec a, Vec b) { return c ? a.v : b.v; }
 
   // at_most(x, bound) and at_least(x, bound) let a NaN in x through. Compilers turn the comparison into
@@ -108,6 +113,8 @@ template <> struct Exp<float> {
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693145752f, ln2_lo = 1.42860677e-6f, round = 12582912.f;
   static constexpr float low = -88.f, high = 89.f, tanh_one = 9.02f;
   static constexpr float p[] = {0.00139262131f, 0.00836320315f, 0.0416665561f, 0.166665763f, 0.5f};
+  static constexpr float two[] = {0.000155946781f, 0.00134066439f, 0.00961769297f,
+                                  0.0555031055f,   0.240226528f,   0.693147215f};
   static constexpr int mantissa = 23, bias = 127;
 };
 template <> struct Exp<double> {
@@ -117,8 +124,21 @@ template <> struct Exp<double> {
                                  2.480152119021773e-05,  0.00019841269863105968, 0.0013888888917281794,
                                  0.008333333333330051,   0.04166666666662399,    0.16666666666666669,
                                  0.5000000000000001};
+  static constexpr double two[] = {4.0780719295883367e-10, 7.0725704128144235e-09, 1.0180676592342139e-07,
+                                   1.3215442675329822e-06, 1.5252727385193868e-05, 1.5403530441572043e-04,
+                                   1.3333558153439965e-03, 9.6181291076070024e-03, 5.5504108664790395e-02,
+                                   2.4022650695910098e-01, 6.9314718055994570e-01};
   static constexpr int mantissa = 52, bias = 1023;
 };
+
+// 2^n for the n that adding `round` has left; the sum's own exponent bits leave on the left.
+template <class T> inline Vec<T> power_of_two(Vec<T> shifted) {
+  using V = Vec<T>;
+  using E = Exp<T>;
+  const typename V::Bits bits =
+      ((typename V::Bits)shifted.v << E::mantissa) + (typename V::Int(E::bias) << E::mantissa);
+  return V((typename V::Raw)bits);
+}
 
 // e^x = (1 + m) s. Below `low` s is 0 and above `high` infinite, so that saturation needs no branch.
 template <class T> struct Reduced {
@@ -131,15 +151,23 @@ template <class T> inline Reduced<T> reduce(Vec<T> x) {
   const V r = (x - n * V(E::ln2_hi)) - n * V(E::ln2_lo);
   V p = E::p[0];
   for (int i = 1; i < int(sizeof(E::p) / sizeof(T)); i++) p = p * r + V(E::p[i]);
-  // The sum's own exponent bits leave on the left.
-  const typename V::Bits bits =
-      ((typename V::Bits)shifted.v << E::mantissa) + (typename V::Int(E::bias) << E::mantissa);
-  return {p * (r * r) + r, V((typename V::Raw)bits)};
+  return {p * (r * r) + r, power_of_two(shifted)};
 }
 
 template <class T> inline Vec<T> exp(Vec<T> x) {
   const auto [m, s] = reduce(at_least(at_most(x, Vec<T>(Exp<T>::high)), Vec<T>(Exp<T>::low)));
   return (m + Vec<T>(1)) * s;
+}
+// 2^x for what is not large, as logarithms of probabilities are: half the instructions of exp. 2^r = 1 + r p(r) with
+// |r| <= 1/2, p minimax; a result too small for the exponent is 0.
+template <class T> inline Vec<T> exp2(Vec<T> x) {
+  using V = Vec<T>;
+  using E = Exp<T>;
+  x = at_least(x, V(-E::bias));
+  const V shifted = x + V(E::round), r = x - (shifted - V(E::round));
+  V p = E::two[0];
+  for (int i = 1; i < int(sizeof(E::two) / sizeof(T)); i++) p = p * r + V(E::two[i]);
+  return (p * r + V(1)) * power_of_two(shifted);
 }
 template <class T> inline Vec<T> sigmoid(Vec<T> x) { return Vec<T>(1) / (Vec<T>(1) + exp(-x)); }
 template <class T> inline Vec<T> tanh(Vec<T> x) {
@@ -183,11 +211,12 @@ inline Vec<float>::Bits widen(Short s) { return __builtin_convertvector(s, Vec<f
 inline Short narrow(Vec<float>::Bits b) { return __builtin_convertvector(b, Short); }
 
 inline Vec<float> decode(Short s, bfloat16) { return Vec<float>((Vec<float>::Raw)(widen(s) << 16)); }
-inline Short encode(Vec<float> x, bfloat16) { // to nearest, ties to even; a NaN stays one
+inline Vec<float>::Bits bfloat16_bits(Vec<float> x) { // to nearest, ties to even; a NaN stays one
   typedef uint32_t Word __attribute__((vector_size(vector_bytes)));
   const Word b = (Word)x.v, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return narrow((Vec<float>::Bits)(x.v == x.v ? rounded : ((b >> 16) | 0x40)));
+  return (Vec<float>::Bits)(x.v == x.v ? rounded : ((b >> 16) | 0x40));
 }
+inline Short encode(Vec<float> x, bfloat16) { return narrow(bfloat16_bits(x)); }
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;

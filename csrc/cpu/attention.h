@@ -2,7 +2,8 @@
 //
 // Dims: B sequences, Hq heads of queries, Hk heads of keys and values (each serves Hq / Hk), Tq queries, Tk keys, D
 // width of queries and keys, E width of values. A block is `block` queries by as many keys; memory beyond the arguments
-// is O(T).
+// is O(T). Blocks are held keys by queries: what belongs to a query lies along a vector, so that no maximum and no sum
+// goes across lanes.
 //
 // Query i sees the keys of one interval, which causality and the window cut out, but for those that the key mask hides:
 // aligned at the end, the last query stands beside the last key.
@@ -85,6 +86,7 @@ protected:
     return static_cast<T *>(heads.data) + (a.cu_q ? 0 : s * heads.b) + h * heads.h + t * heads.t;
   }
   int64_t lse_at(const Place &at, int64_t i) const { return ((a.cu_q ? 0 : at.s * a.Hq) + at.h) * a.Tq + at.q0 + i; }
+  uint64_t dropout_step() const { return a.cu_q ? a.Hq : 1; } // from one query's row to the next
   uint64_t dropout_row(const Place &at, int64_t i) const {
     return a.cu_q ? (at.q0 + i) * a.Hq + at.h : (at.s * a.Hq + at.h) * a.Tq + i;
   }
@@ -110,6 +112,10 @@ protected:
     if (a.left >= 0) hi = std::min(hi, here + a.left + 1);
     return {lo, std::max(lo, hi)};
   }
+  static Interval within(Interval seen, int64_t first, int64_t n) {
+    const int64_t lo = std::clamp<int64_t>(seen.lo - first, 0, n);
+    return {lo, std::clamp<int64_t>(seen.hi - first, lo, n)};
+  }
   // The blocks that those of [first, last) see anything of.
   template <class See> static Interval blocks_seen(See see, int64_t first, int64_t last) {
     int64_t lo = std::numeric_limits<int64_t>::max(), hi = 0;
@@ -120,22 +126,36 @@ protected:
     return hi == 0 ? Interval{0, 0} : Interval{lo / block, blocks(hi)};
   }
 
-  F slope(const Place &at) const {
-    return a.slopes ? static_cast<const F *>(a.slopes)[at.s * a.slopes_b + at.h] : F(0);
+  Interval key_blocks(const Place &at, int64_t first) const { // that a block of queries sees anything of
+    return blocks_seen([&](int64_t i) { return keys_of(at, i); }, first, std::min(first + block, at.Tq));
   }
-  const F *bias(const Place &at, int64_t i, int64_t j) const {
-    return static_cast<const F *>(a.bias) + at.s * a.bias_b + at.h * a.bias_h + i * a.bias_i + j * a.bias_j;
-  }
-  const bool *mask(const Place &at) const { return a.key_mask ? a.key_mask + at.s * a.Tk : nullptr; }
-
-  static V count() {
-    V v;
-    for (int i = 0; i < L; i++) v.v[i] = F(i);
-    return v;
-  }
-  static V distance(V x) { return where(x < V(0), -x, x); }
 
   // ---- operands
+
+  // Rows that are wanted soon, asked for one at each call, while there is arithmetic to do: a core drops requests that
+  // come all at once, and does not foresee rows that lie apart because heads are side by side.
+  class Ahead {
+    struct Stream {
+      const char *next;
+      int64_t stride, bytes, left;
+    } streams[5]{};
+    int count = 0;
+
+  public:
+    void restart() { count = 0; }
+    void add(const T *first, int64_t stride, int64_t rows, int64_t n) {
+      streams[count++] = {reinterpret_cast<const char *>(first), stride * int64_t(sizeof(T)), n * int64_t(sizeof(T)),
+                          rows};
+    }
+    void operator()() {
+      for (int k = 0; k < count; k++) {
+        Stream &s = streams[k];
+        if (s.left-- <= 0) continue;
+        for (int64_t c = 0; c < s.bytes; c += 64) prefetch(s.next + c);
+        s.next += s.stride;
+      }
+    }
+  };
 
   // Rows as the tile reads them: where they are if they are of its type, else copied.
   struct Rows {
@@ -144,15 +164,18 @@ protected:
     const P *operator()(int64_t t) const { return first + t * stride; }
   };
   int64_t width(int64_t n) const { return row_stride<P>(n + depth); }
-  Rows rows(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *copy) const {
-    if constexpr (std::is_same_v<T, P>)
-      if (n % depth == 0) return {row(heads, s, h, t), heads.t};
+  void copy_rows(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *copy) const {
     for (int64_t i = 0; i < count; i++) {
       const T *from = row(heads, s, h, t + i);
       P *to = copy + i * width(n);
       for (int64_t c = 0; c < n; c += L) store(to + c, load(from + c, n - c));
       if (depth > 1) store(to + n, V(0), 1);
     }
+  }
+  Rows rows(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *copy) const {
+    if constexpr (std::is_same_v<T, P>)
+      if (n % depth == 0) return {row(heads, s, h, t), heads.t};
+    copy_rows(heads, s, h, t, count, n, copy);
     return {copy, width(n)};
   }
 
@@ -170,6 +193,85 @@ protected:
   // The part of a matrix summed over rows that has rows [first, first + n).
   static Matrix<P> part(const Matrix<P> &m, int64_t first, int64_t n) {
     return {m.panels + first * L, m.panel, sum_steps<P>(n), nullptr};
+  }
+
+  // ---- a block: queries [i0, i0 + n) by keys [j0, j0 + m), held [m][block]
+
+  struct Block {
+    int64_t i0, n, j0, m;
+  };
+  Interval queries_in(const Place &at, const Block &b, int64_t j) const {
+    return within(queries_of(at, b.j0 + j), b.i0, b.n);
+  }
+  Interval keys_in(const Place &at, const Block &b, int64_t i) const {
+    return within(keys_of(at, b.i0 + i), b.j0, b.m);
+  }
+  // The keys that any query of a vector sees.
+  Interval keys_in_vector(const Place &at, const Block &b, int64_t v) const {
+    return {keys_in(at, b, v * L).lo, keys_in(at, b, std::min(v * L + L, b.n) - 1).hi};
+  }
+
+  // Rows that belong to keys times what is packed of queries, in those vectors where one sees the other.
+  void products(const Place &at, const Block &b, const Rows &rows, const Matrix<P> &queries, F *to,
+                Ahead &ahead) const {
+    product_to(to, block, false, b.m, queries, rows, depth, [&](int64_t first, int64_t count) -> Extent {
+      ahead();
+      return {queries_in(at, b, first).lo / L, vectors<T>(queries_in(at, b, first + count - 1).hi), 0, queries.steps};
+    });
+  }
+  // Scores, up to the factor that is returned; -infinity where a query does not see a key.
+  F scores(const Place &at, const Block &b, const Rows &keys, const Matrix<P> &queries, F *to, Ahead &ahead) const {
+    products(at, b, keys, queries, to, ahead);
+    const F slope = a.slopes ? static_cast<const F *>(a.slopes)[at.s * a.slopes_b + at.h] : F(0);
+    const bool plain = !a.bias && slope == 0 && a.scale > 0;
+    if (!plain) shift(at, b, slope, to);
+    const bool *mask = a.key_mask ? a.key_mask + at.s * a.Tk + b.j0 : nullptr;
+    if (mask || keys_in(at, b, b.n - 1).lo > 0 || keys_in(at, b, 0).hi < b.m)
+      for (int64_t j = 0; j < b.m; j++) {
+        F *const row = to + j * block;
+        const Interval seen = queries_in(at, b, j);
+        const int64_t lo = seen.lo / L * L, hi = vectors<T>(seen.hi) * L;
+        std::fill(row + lo, row + (mask && !mask[j] ? hi : seen.lo), -infinity);
+        std::fill(row + seen.hi, row + hi, -infinity);
+      }
+    return plain ? F(a.scale) : F(1);
+  }
+  // Adds to rows of queries what `from`, [keys] by queries with the keys of a sum step side by side, makes of rows that
+  // belong to keys.
+  void sums_over_keys(const Place &at, const Block &b, const P *from, const Matrix<P> &over, int64_t n, F *to,
+                      Ahead &ahead) const {
+    product_to(
+        to, vectors<T>(n) * L, true, b.n, part(over, b.j0, b.m), [=](int64_t i) { return from + i * depth; },
+        block * depth,
+        [&](int64_t first, int64_t count) -> Extent {
+          ahead();
+          return {0, vectors<T>(n), keys_in(at, b, first).lo / depth,
+                  sum_steps<P>(keys_in(at, b, first + count - 1).hi)};
+        });
+  }
+  // Scales scores and adds what there is to add; the bias comes by rows of queries.
+  void shift(const Place &at, const Block &b, F slope, F *s) const {
+    for (int64_t i = 0; i < b.n; i += L)
+      for (int64_t j = 0; j < b.m; j += L) {
+        V added[L];
+        for (int k = 0; k < L; k++) added[k] = a.bias && i + k < b.n ? bias(at, b, i + k, j) : V(0);
+        transpose(added);
+        for (int64_t k = 0; k < std::min<int64_t>(L, b.m - j); k++) {
+          F *const x = s + (j + k) * block + i;
+          const V away = count() + V(F(b.i0 + i + at.offset() - b.j0 - j - k));
+          (V::load(x) * V(F(a.scale)) + added[k] - V(slope) * where(away < V(0), -away, away)).store(x);
+        }
+      }
+  }
+  V bias(const Place &at, const Block &b, int64_t i, int64_t j) const { // of a vector of keys
+    const F *const from = static_cast<const F *>(a.bias) + at.s * a.bias_b + at.h * a.bias_h + (b.i0 + i) * a.bias_i +
+                          (b.j0 + j) * a.bias_j;
+    return a.bias_j ? load(from, b.m - j) : V(*from);
+  }
+  static V count() {
+    V v;
+    for (int i = 0; i < L; i++) v.v[i] = F(i);
+    return v;
   }
 
 private:

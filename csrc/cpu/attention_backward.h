@@ -17,32 +17,34 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
   using Base = Attention<T, P>;
   using Base::a;
   using Base::block;
+  using Base::depth;
   using Base::dropout;
   using Base::infinity;
   using Base::L;
+  using typename Base::Ahead;
+  using typename Base::Block;
   using typename Base::F;
   using typename Base::Interval;
   using typename Base::Rows;
   using typename Base::V;
 
   const AttentionBackwardArgs &q;
-  static constexpr int64_t wave_bytes = int64_t(64) << 20; // of packed operands at a time
-
   // What is packed of a head of queries, and of one of keys.
   struct Queries {
     Packed<P> q_along, q_over, dout_along, dout_over;
-    F *lse, *delta; // [Tq rounded up]; lse is infinite where nothing was seen, so that probabilities are 0
+    F *lse, *delta; // [Tq rounded up]; lse to base 2, infinite where nothing was seen, so that probabilities are 0
   };
   struct Keys {
     Packed<P> over;
   };
   struct Scratch {
-    P *keys, *values;              // [block, width] where they cannot be read as they are
-    F *probability, *score;        // [block of keys, block of queries]
-    P *weights, *dscores, *turned; // the same as operands: P M, dS; dS by queries
-    F *factors;                    // [block of queries, block of keys] of dropout
-    F *dk, *dv;                    // [block, width]
-    F *dq;                         // [Tq or block, width]
+    P *keys, *values;         // [block, width] where they cannot be read as they are
+    F *probability, *dscores; // [block of keys, block of queries]; then operands P M and dS, rows as far apart
+    P *turned;                // dS with the keys of a sum step side by side, where that is another order
+    F *factors;               // [block of keys, block of queries] of dropout
+    F *dk, *dv;               // [block, width]
+    F *dq;                    // [Tq or block, width]
+    Ahead ahead;
   };
 
   int64_t E_wide() const { return vectors<T>(a.E) * L; }
@@ -59,7 +61,7 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
       const int64_t n = this->lse_at(at, i);
       if (q.dlse) to.delta[i] -= static_cast<const F *>(q.dlse)[n];
       const F lse = static_cast<const F *>(a.lse)[n];
-      to.lse[i] = lse == -infinity ? infinity : lse;
+      to.lse[i] = lse == -infinity ? infinity : lse * Exp<F>::log2e;
     }
     this->pack_along(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_along, 0, vectors<T>(at.Tq));
     this->pack_over(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_over);
@@ -67,89 +69,62 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
     this->pack_over(q.dout, at, at.h, at.q0, at.Tq, a.E, to.dout_over);
   }
 
-  // P M and dS of queries [i0, i0 + n) and keys [j0, j0 + m).
-  void scores(const Place &at, const Queries &h, int64_t i0, int64_t n, int64_t j0, int64_t m, const Rows &keys,
-              const Rows &values, const Scratch &w) const {
-    const auto keep = [](F *to) {
-      return [=](int64_t r, int64_t v, const F *acc) { V::load(acc).store(to + r * block + v * L); };
-    };
-    const int64_t v0 = i0 / L, nv = vectors<T>(n);
-    const auto from = [v0](Matrix<P> m) {
-      m.panels += v0 * m.panel;
+  static P *operands(F *block_of, int64_t j) { return reinterpret_cast<P *>(block_of + j * block); }
+
+  // P M and dS of a block.
+  void differentiate(const Place &at, const Block &b, const Queries &h, const Rows &keys, const Rows &values,
+                     Scratch &w) const {
+    const auto from = [&](Matrix<P> m) {
+      m.panels += b.i0 / L * m.panel;
       return m;
     };
-    product<1, P>(m, 0, nv, from(h.q_along.matrix), keys, Dot<P>::depth, keep(w.probability));
-    product<1, P>(m, 0, nv, from(h.dout_along.matrix), values, Dot<P>::depth, keep(w.score));
+    const F by = this->scores(at, b, keys, from(h.q_along.matrix), w.probability, w.ahead) * Exp<F>::log2e;
+    this->products(at, b, values, from(h.dout_along.matrix), w.dscores, w.ahead);
     if (dropout.on)
-      for (int64_t i = 0; i < n; i++) {
-        alignas(64) F row[block];
-        dropout.factors(this->dropout_row(at, i0 + i), j0, block, row);
-        for (int64_t j = 0; j < block; j++) w.factors[j * block + i] = row[j];
-      }
-    const F slope = this->slope(at);
-    const bool *mask = this->mask(at);
-    for (int64_t j = 0; j < m; j++) {
-      F *const p = w.probability + j * block, *const s = w.score + j * block;
-      const Interval seen = this->queries_of(at, j0 + j);
-      int64_t lo = std::clamp<int64_t>(seen.lo - i0, 0, n), hi = std::clamp<int64_t>(seen.hi - i0, lo, n);
-      if (mask && !mask[j0 + j]) lo = hi = 0;
-      const V away = this->count() - V(F(j0 + j - at.offset() - i0));
-      for (int64_t i = 0; i < nv * L; i += L) {
-        V x = V::load(p + i) * V(F(a.scale));
-        if (a.bias) {
-          V b(0);
-          for (int64_t k = i; k < std::min(i + L, n); k++) b.v[k - i] = *this->bias(at, i0 + k, j0 + j);
-          x = x + b;
-        }
-        if (slope != 0) x = x - V(slope) * this->distance(away + V(F(i)));
-        exp(x - V::load(h.lse + i0 + i)).store(p + i);
-      }
-      std::fill(p, p + lo, F(0)), std::fill(p + hi, p + nv * L, F(0));
-      for (int64_t i = 0; i < nv * L; i += L) {
-        const V x = V::load(p + i), kept = dropout.on ? V::load(w.factors + j * block + i) : V(1);
-        V d = x * (V::load(s + i) * kept - V::load(h.delta + i0 + i));
+      dropout.factors_down(this->dropout_row(at, b.i0), this->dropout_step(), b.n, b.j0, b.m, w.factors, block);
+    const int64_t wide = vectors<T>(b.n) * L;
+    for (int64_t j = 0; j < b.m; j++) {
+      P *const p = operands(w.probability, j), *const ds = operands(w.dscores, j);
+      const Interval seen = this->queries_in(at, b, j);
+      const int64_t lo = seen.lo / L * L, hi = vectors<T>(seen.hi) * L;
+      for (int64_t i = lo; i < hi; i += L) {
+        const V x = exp2(V::load(w.probability + j * block + i) * V(by) - V::load(h.lse + b.i0 + i));
+        const V kept = dropout.on ? V::load(w.factors + j * block + i) : V(1);
+        const V d = x * (V::load(w.dscores + j * block + i) * kept - V::load(h.delta + b.i0 + i));
         const auto unseen = x == V(0); // says nothing, whatever is there
-        d = where(unseen, V(0), d);
-        store(w.weights + j * block + i, where(unseen, V(0), x * kept));
-        store(w.dscores + j * block + i, d);
-        d.store(s + i);
+        store(p + i, where(unseen, V(0), x * kept)), store(ds + i, where(unseen, V(0), d));
       }
-      if (Dot<P>::depth > 1) // sums go by pairs
-        for (int64_t i = nv * L; i < std::min(nv * L + L, block); i += L)
-          store(w.weights + j * block + i, V(0)), store(w.dscores + j * block + i, V(0));
+      std::fill(p, p + lo, P{}), std::fill(ds, ds + lo, P{});
+      std::fill(p + hi, p + wide, P{}), std::fill(ds + hi, ds + wide, P{});
     }
+    if constexpr (depth > 1)
+      for (int64_t j = 0; j < b.m; j += depth)
+        for (int64_t i = 0; i < wide; i += L)
+          store_words(
+              w.turned + j * block + i * depth,
+              pair_words(operands(w.dscores, j) + i, j + 1 < b.m ? operands(w.dscores, j + 1) + i : nullptr, L));
     if (q.dscores)
-      for (int64_t i = 0; i < n; i++) {
-        T *to = static_cast<T *>(q.dscores) + (((at.s * a.Hq) + at.h) * a.Tq + i0 + i) * a.Tk + j0;
-        for (int64_t j = 0; j < m; j++) store(to + j, V(w.score[j * block + i]), 1);
+      for (int64_t i = 0; i < b.n; i++) {
+        T *const to = static_cast<T *>(q.dscores) + (((at.s * a.Hq) + at.h) * a.Tq + b.i0 + i) * a.Tk + b.j0;
+        for (int64_t j = 0; j < b.m; j++) store(to + j, load(operands(w.dscores, j) + i, 1), 1);
       }
   }
 
-  static auto add(F *to, int64_t wide) {
-    return [=](int64_t r, int64_t v, const F *acc) {
-      F *const p = to + r * wide + v * L;
-      (V::load(p) + V::load(acc)).store(p);
+  void add_dkv(const Place &at, const Block &b, const Queries &h, Scratch &w) const {
+    const auto add = [&](F *block_of, const Matrix<P> &over, int64_t width, F *to) {
+      product_to(
+          to, vectors<T>(width) * L, true, b.m, this->part(over, b.i0, b.n),
+          [=](int64_t j) { return operands(block_of, j); }, depth,
+          [&](int64_t first, int64_t count) -> Extent {
+            return {0, vectors<T>(width), this->queries_in(at, b, first).lo / depth,
+                    sum_steps<P>(this->queries_in(at, b, first + count - 1).hi)};
+          });
     };
+    add(w.probability, h.dout_over.matrix, a.E, w.dv), add(w.dscores, h.q_over.matrix, a.D, w.dk);
   }
-  void add_dkv(const Queries &h, int64_t i0, int64_t n, int64_t m, const Scratch &w) const {
-    const auto rows = [](const P *p) { return [=](int64_t j) { return p + j * block; }; };
-    product<1, P>(m, 0, vectors<T>(a.E), this->part(h.dout_over.matrix, i0, n), rows(w.weights), Dot<P>::depth,
-                  add(w.dv, E_wide()));
-    product<1, P>(m, 0, vectors<T>(a.D), this->part(h.q_over.matrix, i0, n), rows(w.dscores), Dot<P>::depth,
-                  add(w.dk, D_wide()));
-  }
-  void add_dq(const Keys &k, int64_t n, int64_t j0, int64_t m, const Scratch &w, F *dq) const {
-    const Matrix<P> keys = this->part(k.over.matrix, j0, m);
-    if constexpr (Dot<P>::depth == 1)
-      product<1, P>(
-          n, 0, vectors<T>(a.D), keys, [&](int64_t i) { return (const P *)w.dscores + i; }, block, add(dq, D_wide()));
-    else { // pairs of keys have to be neighbours
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < m + m % 2; j++) w.turned[i * block + j] = j < m ? w.dscores[j * block + i] : P{};
-      product<1, P>(
-          n, 0, vectors<T>(a.D), keys, [&](int64_t i) { return (const P *)w.turned + i * block; }, Dot<P>::depth,
-          add(dq, D_wide()));
-    }
+  void add_dq(const Place &at, const Block &b, const Keys &k, Scratch &w, F *dq) const {
+    const P *const from = depth > 1 ? w.turned : operands(w.dscores, 0);
+    this->sums_over_keys(at, b, from, k.over.matrix, a.D, dq, w.ahead);
   }
   void write(const Heads &to, const Place &at, int64_t h, int64_t first, int64_t n, const F *from, int64_t width,
              F scale) const {
@@ -161,8 +136,7 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
   }
 
   // The block of keys at j0 of head `kv` and all that see it; with `dq` also what it gives to their queries.
-  void keys_block(int64_t s, int64_t kv, int64_t j0, const Queries *heads, const Keys &k, const Scratch &w,
-                  F *dq) const {
+  void keys_block(int64_t s, int64_t kv, int64_t j0, const Queries *heads, const Keys &k, Scratch &w, F *dq) const {
     const int64_t group = this->group();
     const Place any = this->place(s, kv * group);
     const int64_t m = std::min(block, any.Tk - j0);
@@ -172,28 +146,39 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
     const Interval seen = this->blocks_seen([&](int64_t j) { return this->queries_of(any, j); }, j0, j0 + m);
     for (int64_t h = 0; h < group; h++) {
       const Place at = this->place(s, kv * group + h);
-      for (int64_t b = seen.lo; b < seen.hi; b++) {
-        const int64_t i0 = b * block, n = std::min(block, at.Tq - i0);
-        scores(at, heads[h], i0, n, j0, m, keys, values, w);
-        add_dkv(heads[h], i0, n, m, w);
-        if (dq) add_dq(k, n, j0, m, w, dq + (h * this->longest_q() + i0) * D_wide());
+      for (int64_t i = seen.lo; i < seen.hi; i++) {
+        const Block b{i * block, std::min(block, at.Tq - i * block), j0, m};
+        differentiate(at, b, heads[h], keys, values, w);
+        add_dkv(at, b, heads[h], w);
+        if (dq) add_dq(at, b, k, w, dq + (h * this->longest_q() + b.i0) * D_wide());
       }
     }
     write(q.dk, any, kv, any.k0 + j0, m, w.dk, a.D, F(a.scale)), write(q.dv, any, kv, any.k0 + j0, m, w.dv, a.E, F(1));
   }
   // The block of queries at i0: dQ alone.
-  void queries_block(const Place &at, int64_t i0, const Queries &head, const Keys &k, const Scratch &w) const {
+  void queries_block(const Place &at, int64_t i0, const Queries &head, const Keys &k, Scratch &w) const {
     const int64_t n = std::min(block, at.Tq - i0), kv = at.h / this->group();
     std::fill(w.dq, w.dq + n * D_wide(), F(0));
     const Interval seen = this->blocks_seen([&](int64_t i) { return this->keys_of(at, i); }, i0, i0 + n);
-    for (int64_t b = seen.lo; b < seen.hi; b++) {
-      const int64_t j0 = b * block, m = std::min(block, at.Tk - j0);
-      const Rows keys = this->rows(a.k, at.s, kv, at.k0 + j0, m, a.D, w.keys);
-      const Rows values = this->rows(a.v, at.s, kv, at.k0 + j0, m, a.E, w.values);
-      scores(at, head, i0, n, j0, m, keys, values, w);
-      add_dq(k, n, j0, m, w, w.dq);
+    for (int64_t j = seen.lo; j < seen.hi; j++) {
+      const Block b{i0, n, j * block, std::min(block, at.Tk - j * block)};
+      const Rows keys = this->rows(a.k, at.s, kv, at.k0 + b.j0, b.m, a.D, w.keys);
+      const Rows values = this->rows(a.v, at.s, kv, at.k0 + b.j0, b.m, a.E, w.values);
+      differentiate(at, b, head, keys, values, w);
+      add_dq(at, b, k, w, w.dq);
     }
     write(q.dq, at, at.h, at.q0 + i0, n, w.dq, a.D, F(a.scale));
+  }
+
+  void expect(int64_t head, Ahead &ahead) const {
+    const int64_t kv = head % a.Hk;
+    const Place at = this->place(head / a.Hk, kv * this->group());
+    ahead.restart();
+    ahead.add(this->row(a.k, at.s, kv, at.k0), a.k.t, at.Tk, a.D);
+    ahead.add(this->row(a.v, at.s, kv, at.k0), a.v.t, at.Tk, a.E);
+    ahead.add(this->row(a.q, at.s, at.h, at.q0), a.q.t, at.Tq, a.D);
+    ahead.add(this->row(q.out, at.s, at.h, at.q0), q.out.t, at.Tq, a.E);
+    ahead.add(this->row(q.dout, at.s, at.h, at.q0), q.dout.t, at.Tq, a.E);
   }
 
 public:
@@ -203,65 +188,60 @@ public:
     Arena &arena = this->arena;
     const int64_t Tk = this->longest_k(), Tq = this->longest_q(), group = this->group(), kv_heads = a.B * a.Hk;
     const bool by_heads = kv_heads >= 2 * a.threads || a.threads == 1;
-    const int64_t bytes = (Tk * a.D + 2 * group * Tq * (a.D + a.E)) * int64_t(sizeof(P));
-    const int64_t wave = std::clamp<int64_t>(wave_bytes / std::max<int64_t>(1, bytes), 1, kv_heads);
-    std::vector<Queries> queries(wave * group);
+    const int64_t slots = by_heads ? a.threads : kv_heads; // of packed heads
+    std::vector<Queries> queries(slots * group);
     for (Queries &h : queries)
       h = {take_panels<P>(arena, Tq, 1, a.D), take_panels<P>(arena, a.D, 1, Tq), take_panels<P>(arena, Tq, 1, a.E),
            take_panels<P>(arena, a.E, 1, Tq), arena.take<F>(Tq + block),         arena.take<F>(Tq + block)};
-    std::vector<Keys> keys(wave);
+    std::vector<Keys> keys(slots);
     for (Keys &k : keys) k = {take_panels<P>(arena, a.D, 1, Tk)};
     std::vector<Scratch> scratch(a.threads);
     const int64_t dq_rows = by_heads ? group * Tq : block;
     for (Scratch &w : scratch) {
       w.keys = arena.take<P>(block * this->width(a.D)), w.values = arena.take<P>(block * this->width(a.E));
-      w.probability = arena.take<F>(block * block), w.score = arena.take<F>(block * block);
-      w.weights = arena.take<P>(block * block), w.dscores = arena.take<P>(block * block);
-      w.turned = arena.take<P>(block * block), w.factors = arena.take<F>(block * block);
+      w.probability = arena.take<F>(block * block), w.dscores = arena.take<F>(block * block);
+      w.turned = arena.take<P>(depth > 1 ? block * block : 0);
+      w.factors = arena.take<F>(dropout.on ? block * block : 0);
       w.dk = arena.take<F>(block * D_wide()), w.dv = arena.take<F>(block * E_wide());
       w.dq = arena.take<F>(dq_rows * D_wide());
     }
-    const int64_t waves = (kv_heads + wave - 1) / wave, q_blocks = this->blocks(Tq), k_blocks = this->blocks(Tk);
-    std::vector<std::atomic<int64_t>> packed(waves), first_done(waves), then_done(waves);
+    // Head h of the group, or behind them the keys.
+    const auto pack = [&](int64_t head, int64_t h, int64_t slot) {
+      const int64_t kv = head % a.Hk;
+      const Place at = this->place(head / a.Hk, kv * group + std::min(h, group - 1));
+      if (h < group)
+        prepare(at, queries[slot * group + h]);
+      else
+        this->pack_over(a.k, at, kv, at.k0, at.Tk, a.D, keys[slot].over);
+    };
+    const int64_t q_blocks = this->blocks(Tq), k_blocks = this->blocks(Tk);
+    std::atomic<int64_t> packed{0}, first_done{0}, then_done{0};
     Barrier all(a.threads);
     run_team(a.threads, [&](int id) {
-      const Scratch &w = scratch[id];
-      for (int64_t k = 0; k < waves; k++) {
-        const int64_t first = k * wave, n = std::min(wave, kv_heads - first);
-        share(packed[k], n * (group + 1), [&](int64_t i) {
-          const int64_t head = i / (group + 1), h = i % (group + 1), s = (first + head) / a.Hk,
-                        kv = (first + head) % a.Hk;
-          const Place at = this->place(s, kv * group + std::min(h, group - 1));
-          if (h < group)
-            prepare(at, queries[head * group + h]);
-          else
-            this->pack_over(a.k, at, kv, at.k0, at.Tk, a.D, keys[head].over);
+      Scratch w = scratch[id];
+      if (by_heads)
+        return share(first_done, kv_heads, [&](int64_t head) {
+          const int64_t s = head / a.Hk, kv = head % a.Hk;
+          const Place any = this->place(s, kv * group);
+          for (int64_t h = 0; h <= group; h++) pack(head, h, id);
+          expect(std::min(head + a.threads, kv_heads - 1), w.ahead); // what this thread is likely to take next
+          std::fill(w.dq, w.dq + dq_rows * D_wide(), F(0));
+          for (int64_t j0 = 0; j0 < any.Tk; j0 += block) keys_block(s, kv, j0, &queries[id * group], keys[id], w, w.dq);
+          for (int64_t h = 0; h < group; h++)
+            write(q.dq, any, kv * group + h, any.q0, any.Tq, w.dq + h * Tq * D_wide(), a.D, F(a.scale));
         });
-        all.wait(id);
-        if (by_heads)
-          share(first_done[k], n, [&](int64_t head) {
-            const int64_t s = (first + head) / a.Hk, kv = (first + head) % a.Hk;
-            const Place any = this->place(s, kv * group);
-            std::fill(w.dq, w.dq + dq_rows * D_wide(), F(0));
-            for (int64_t j0 = 0; j0 < any.Tk; j0 += block)
-              keys_block(s, kv, j0, &queries[head * group], keys[head], w, w.dq);
-            for (int64_t h = 0; h < group; h++)
-              write(q.dq, any, kv * group + h, any.q0, any.Tq, w.dq + h * Tq * D_wide(), a.D, F(a.scale));
-          });
-        else {
-          share(first_done[k], n * k_blocks, [&](int64_t i) {
-            const int64_t head = i / k_blocks, j0 = i % k_blocks * block, s = (first + head) / a.Hk;
-            if (j0 < this->place(s, 0).Tk)
-              keys_block(s, (first + head) % a.Hk, j0, &queries[head * group], keys[head], w, nullptr);
-          });
-          share(then_done[k], n * group * q_blocks, [&](int64_t i) {
-            const int64_t h = i / q_blocks, i0 = (q_blocks - 1 - i % q_blocks) * block, head = first + h / group;
-            const Place at = this->place(head / a.Hk, head % a.Hk * group + h % group);
-            if (i0 < at.Tq) queries_block(at, i0, queries[h], keys[h / group], w);
-          });
-        }
-        all.wait(id);
-      }
+      share(packed, kv_heads * (group + 1),
+            [&](int64_t i) { pack(i / (group + 1), i % (group + 1), i / (group + 1)); });
+      all.wait(id);
+      share(first_done, kv_heads * k_blocks, [&](int64_t i) {
+        const int64_t head = i / k_blocks, j0 = i % k_blocks * block, s = head / a.Hk;
+        if (j0 < this->place(s, 0).Tk) keys_block(s, head % a.Hk, j0, &queries[head * group], keys[head], w, nullptr);
+      });
+      share(then_done, kv_heads * group * q_blocks, [&](int64_t i) {
+        const int64_t h = i / q_blocks, i0 = (q_blocks - 1 - i % q_blocks) * block, head = h / group;
+        const Place at = this->place(head / a.Hk, head % a.Hk * group + h % group);
+        if (i0 < at.Tq) queries_block(at, i0, queries[h], keys[head], w);
+      });
     });
   }
 };

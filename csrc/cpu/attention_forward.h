@@ -1,5 +1,5 @@
-// Attention forward: a block of queries walks the blocks of keys it can see, keeping the largest score and the sum of
-// exp so far (Milakov and Gimelshein 2018; Dao, Fu, Ermon, Rudra and Ré 2022).
+// Attention forward: a block of queries walks the blocks of keys it can see, keeping about the largest score and the
+// sum of exp so far (Milakov and Gimelshein 2018; Dao, Fu, Ermon, Rudra and Ré 2022).
 //
 // Operations of a pair of query and key: D + E multiply-adds and one exp. Keys and values are packed once per head.
 #pragma once
@@ -11,150 +11,168 @@ template <class T, class P> class AttentionForward : Attention<T, P> {
   using Base = Attention<T, P>;
   using Base::a;
   using Base::block;
+  using Base::depth;
   using Base::dropout;
   using Base::infinity;
   using Base::L;
+  using typename Base::Ahead;
+  using typename Base::Block;
   using typename Base::F;
   using typename Base::Interval;
-  using typename Base::Rows;
   using typename Base::V;
 
   const AttentionForwardArgs &q;
-  static constexpr int64_t wave_bytes = int64_t(32) << 20; // of packed keys and values at a time
+  // How far, in powers of two, a score may exceed what is taken away from it before that follows.
+  static constexpr F slack = 8;
 
   struct Head {
-    Packed<P> keys, values;
+    P *keys; // [Tk, width]
+    Packed<P> values;
   };
   struct Scratch {
-    P *queries;     // [block, width] where they cannot be read as they are
-    F *scores;      // [block, block]
-    P *probability; // [block, block]
-    F *out;         // [block, E rounded up]
-    F *most, *sum;  // [block]
-    F *hidden;      // [block] 0, or -infinity where the key mask hides a key
+    Packed<P> queries; // of a block
+    F *scores;         // [block, block]; then probabilities, the keys of a sum step side by side
+    F *factors;        // [block, block] of dropout
+    F *out;            // [block, E rounded up]
+    F *shift, *sum;    // [block] what was taken away from scores; of the probabilities
+    Ahead ahead{};
   };
 
   int64_t E_wide() const { return vectors<T>(a.E) * L; }
 
   // One block of queries against all it sees.
-  void run(const Place &at, const Head &head, int64_t first, const Scratch &w) const {
-    const int64_t n = std::min(block, at.Tq - first), kv = vectors<T>(block);
-    const Rows queries = this->rows(a.q, at.s, at.h, at.q0 + first, n, a.D, w.queries);
-    std::memset(w.out, 0, size_t(n * E_wide()) * sizeof(F));
-    for (int64_t i = 0; i < n; i++) w.most[i] = -infinity, w.sum[i] = 0;
-    const Interval seen = this->blocks_seen([&](int64_t i) { return this->keys_of(at, i); }, first, first + n);
-    for (int64_t b = seen.lo; b < seen.hi; b++) {
-      const int64_t j0 = b * block, keys = std::min(block, at.Tk - j0);
-      product<1, P>(n, j0 / L, j0 / L + vectors<T>(keys), head.keys.matrix, queries, Dot<P>::depth,
-                    [&](int64_t r, int64_t v, const F *acc) { V::load(acc).store(w.scores + (r * kv + v) * L - j0); });
-      const bool *mask = this->mask(at);
-      if (mask)
-        for (int64_t j = 0; j < keys; j++) w.hidden[j] = mask[j0 + j] ? F(0) : -infinity;
-      for (int64_t i = 0; i < n; i++) soften(at, first + i, i, j0, keys, mask != nullptr, w);
-      product<1, P>(
-          n, 0, vectors<T>(a.E), this->part(head.values.matrix, j0, keys),
-          [&](int64_t r) { return (const P *)w.probability + r * block; }, Dot<P>::depth,
-          [&](int64_t r, int64_t v, const F *acc) {
-            F *to = w.out + r * E_wide() + v * L;
-            (V::load(to) + V::load(acc)).store(to);
-          });
+  void run(const Place &at, const Head &head, int64_t first, Scratch &w) const {
+    const int64_t n = std::min(block, at.Tq - first);
+    this->pack_along(a.q, at, at.h, at.q0 + first, n, a.D, w.queries, 0, vectors<T>(n));
+    std::fill(w.out, w.out + n * E_wide(), F(0));
+    std::fill(w.shift, w.shift + block, -infinity), std::fill(w.sum, w.sum + block, F(0));
+    const Interval seen = this->key_blocks(at, first);
+    F factor = 1;
+    for (int64_t k = seen.lo; k < seen.hi; k++) {
+      const Block b{first, n, k * block, std::min(block, at.Tk - k * block)};
+      const int64_t width = this->width(a.D);
+      factor = this->scores(at, b, {head.keys + b.j0 * width, width}, w.queries.matrix, w.scores, w.ahead);
+      if (dropout.on)
+        dropout.factors_down(this->dropout_row(at, first), this->dropout_step(), n, b.j0, b.m, w.factors, block);
+      const P *const probability = soften(at, b, factor * Exp<F>::log2e, w);
+      this->sums_over_keys(at, b, probability, head.values.matrix, a.E, w.out, w.ahead);
     }
     for (int64_t i = 0; i < n; i++) {
       const V by(w.sum[i] > 0 || w.sum[i] != w.sum[i] ? F(1) / w.sum[i] : F(0));
       T *to = this->row(q.out, at.s, at.h, at.q0 + first + i);
       for (int64_t c = 0; c < a.E; c += L) store(to + c, V::load(w.out + i * E_wide() + c) * by, a.E - c);
-      static_cast<F *>(a.lse)[this->lse_at(at, first + i)] = w.most[i] + std::log(w.sum[i]);
+      static_cast<F *>(a.lse)[this->lse_at(at, first + i)] = w.shift[i] * factor + std::log(w.sum[i]);
     }
   }
 
-  // Scores of one query and `keys` keys from j0 on become probabilities, up to a factor that the row's end divides out.
-  void soften(const Place &at, int64_t i, int64_t r, int64_t j0, int64_t keys, bool masked, const Scratch &w) const {
-    F *const s = w.scores + r * block;
-    const Interval seen = this->keys_of(at, i);
-    const int64_t lo = std::clamp<int64_t>(seen.lo - j0, 0, keys), hi = std::clamp<int64_t>(seen.hi - j0, lo, keys);
-    const F slope = this->slope(at);
-    const V from = this->count() - V(F(i + at.offset() - j0));
-    V top(w.most[r]);
-    for (int64_t j = 0; j < keys; j += L) {
-      V x = V::load(s + j) * V(F(a.scale));
-      if (a.bias) {
-        const F *b = this->bias(at, i, j0 + j);
-        x = x + (a.bias_j ? load(b, keys - j) : V(*b));
+  // Scores times `by` become powers of two, up to a factor that the row's end divides out.
+  const P *soften(const Place &at, const Block &b, F by, const Scratch &w) const {
+    P *const probability = reinterpret_cast<P *>(w.scores); // written where everything has been read
+    for (int64_t v = 0; v < vectors<T>(b.n); v++) {
+      F *const s = w.scores + v * L;
+      const Interval seen = this->keys_in_vector(at, b, v);
+      V top(-infinity), sum(0);
+      for (int64_t j = seen.lo; j < seen.hi; j++) top = at_least(V::load(s + j * block), top);
+      const V away = follow(top, by, b, v, w);
+      for (int64_t j = seen.lo; j < seen.hi; j++) {
+        const V p = exp2(V::load(s + j * block) * V(by) - away);
+        sum += p;
+        p.store(s + j * block);
       }
-      if (slope != 0) x = x - V(slope) * this->distance(from + V(F(j)));
-      if (masked) x = x + V::load(w.hidden + j);
-      x.store(s + j);
-      if (j >= lo && j + L <= hi) top = at_least(x, top);
+      (V::load(w.sum + v * L) + sum).store(w.sum + v * L);
+      for (int64_t j = 0; j < seen.lo; j++) V(0).store(s + j * block);
+      for (int64_t j = seen.hi; j < b.m + b.m % depth; j++) V(0).store(s + j * block);
+      if (dropout.on)
+        for (int64_t j = seen.lo; j < seen.hi; j++)
+          (V::load(s + j * block) * V::load(w.factors + j * block + v * L)).store(s + j * block);
+      if constexpr (depth > 1)
+        for (int64_t j = 0; j < b.m; j += depth)
+          store_words(probability + j * block + v * L * depth,
+                      pair_words(V::load(s + j * block), V::load(s + (j + 1) * block)));
     }
-    F most = w.most[r];
-    for (int i = 0; i < L; i++) most = top.v[i] > most || top.v[i] != top.v[i] ? top.v[i] : most;
-    const int64_t end = (keys + L - 1) / L * L;
-    if (lo > 0 || hi < end) { // the ends by themselves
-      std::fill(s, s + lo, -infinity), std::fill(s + hi, s + end, -infinity);
-      for (int64_t j : {lo / L * L, hi / L * L})
-        for (int64_t k = j; k < std::min(j + L, end); k++) most = s[k] > most || s[k] != s[k] ? s[k] : most;
+    return probability;
+  }
+  // What to take away from scores times `by` of the queries of a vector, which have met a score `top`.
+  V follow(V top, F by, const Block &b, int64_t v, const Scratch &w) const {
+    const V before = V::load(w.shift + v * L);
+    const auto behind = (top > before) & ~((top - before) * V(by) <= V(slack));
+    if (V::any(behind)) {
+      where(behind, top, before).store(w.shift + v * L);
+      for (int64_t i = v * L; i < std::min(v * L + L, b.n); i++) {
+        const F from = before.v[i - v * L];
+        if (w.shift[i] == from || from == -infinity) continue;
+        const F fade = std::exp2((from - w.shift[i]) * by);
+        w.sum[i] *= fade;
+        F *const out = w.out + i * E_wide();
+        for (int64_t c = 0; c < E_wide(); c += L) (V::load(out + c) * V(fade)).store(out + c);
+      }
     }
-    const V shift(most == -infinity ? F(0) : most);
-    alignas(64) F keep[block];
-    if (dropout.on) dropout.factors(this->dropout_row(at, i), j0, block, keep);
-    V sum(0);
-    P *const p = w.probability + r * block;
-    for (int64_t j = 0; j < end; j += L) {
-      V x = exp(V::load(s + j) - shift);
-      sum += x;
-      if (dropout.on) x = x * V::load(keep + j);
-      store(p + j, x);
-    }
-    if (most != w.most[r]) {
-      const F fade = std::exp(w.most[r] - shift.v[0]);
-      w.sum[r] *= fade;
-      F *const out = w.out + r * E_wide();
-      for (int64_t c = 0; c < E_wide(); c += L) (V::load(out + c) * V(fade)).store(out + c);
-      w.most[r] = most;
-    }
-    for (int i = 0; i < L; i++) w.sum[r] += sum.v[i];
+    const V shift = V::load(w.shift + v * L);
+    return where(shift > V(-infinity), shift * V(by), V(0));
+  }
+  // Blocks of keys and values.
+  void pack(int64_t head, int64_t first, int64_t count, const Head &to) const {
+    const int64_t h = head % a.Hk, j0 = first * block;
+    const Place at = this->place(head / a.Hk, 0);
+    const int64_t m = std::min(count * block, at.Tk - j0);
+    if (m < 1) return;
+    this->copy_rows(a.k, at.s, h, at.k0 + j0, m, a.D, to.keys + j0 * this->width(a.D));
+    this->pack_over(a.v, at, h, at.k0 + j0, m, a.E, {to.values.panels + j0 * L, to.values.matrix});
   }
 
 public:
   explicit AttentionForward(const AttentionForwardArgs &q) : Base(q), q(q) {}
 
   void operator()() {
-    const int64_t Tk = this->longest_k(), Tq = this->longest_q(), kv_heads = a.B * a.Hk;
-    const int64_t head_bytes = std::max<int64_t>(1, Tk * (a.D + a.E) * int64_t(sizeof(P)));
-    const int64_t wave = std::clamp<int64_t>(wave_bytes / head_bytes, 1, kv_heads);
+    const int64_t Tk = this->longest_k(), Tq = this->longest_q(), kv_heads = a.B * a.Hk, group = this->group();
+    const bool by_heads = kv_heads >= 2 * a.threads || a.threads == 1;
     Arena &arena = this->arena;
-    std::vector<Head> heads(wave);
-    for (Head &h : heads) h = {take_panels<P>(arena, Tk, 1, a.D), take_panels<P>(arena, a.E, 1, Tk)};
+    std::vector<Head> heads(by_heads ? a.threads : kv_heads);
+    for (Head &h : heads) h = {arena.take<P>(Tk * this->width(a.D)), take_panels<P>(arena, a.E, 1, Tk)};
     std::vector<Scratch> scratch(a.threads);
     for (Scratch &w : scratch)
-      w = {arena.take<P>(block * this->width(a.D)),
+      w = {take_panels<P>(arena, block, 1, a.D),
            arena.take<F>(block * block),
-           arena.take<P>(block * block),
+           arena.take<F>(dropout.on ? block * block : 0),
            arena.take<F>(block * E_wide()),
            arena.take<F>(block),
-           arena.take<F>(block),
            arena.take<F>(block)};
-    const int64_t per_head = this->group() * this->blocks(Tq), waves = (kv_heads + wave - 1) / wave;
-    std::vector<std::atomic<int64_t>> packed(waves), done(waves);
+    const int64_t per_head = group * this->blocks(Tq), k_blocks = this->blocks(Tk);
+    std::atomic<int64_t> packed{0}, done{0};
     Barrier all(a.threads);
     run_team(a.threads, [&](int id) {
-      for (int64_t k = 0; k < waves; k++) {
-        const int64_t first = k * wave, n = std::min(wave, kv_heads - first);
-        share(packed[k], n, [&](int64_t i) {
-          const Place at = this->place((first + i) / a.Hk, 0);
-          const int64_t h = (first + i) % a.Hk;
-          this->pack_along(a.k, at, h, at.k0, at.Tk, a.D, heads[i].keys, 0, vectors<T>(at.Tk));
-          this->pack_over(a.v, at, h, at.k0, at.Tk, a.E, heads[i].values);
+      Scratch w = scratch[id];
+      if (by_heads)
+        return share(done, kv_heads, [&](int64_t head) {
+          const Place any = this->place(head / a.Hk, head % a.Hk * group);
+          int64_t ready = 0;
+          for (int64_t first = 0; first < any.Tq; first += block) {
+            const int64_t needed = this->key_blocks(any, first).hi;
+            if (needed > ready) pack(head, ready, needed - ready, heads[id]), ready = needed;
+            // What comes then: the next block, or the head that this thread is likely to take next.
+            const bool more = first + block < any.Tq;
+            const int64_t next = more ? head : std::min(head + a.threads, kv_heads - 1), kv = next % a.Hk;
+            const Place at = this->place(next / a.Hk, kv * group);
+            const int64_t i = more ? first + block : 0, j = more ? ready * block : 0;
+            for (int64_t h = 0; h < group; h++) {
+              w.ahead.restart();
+              w.ahead.add(this->row(a.q, at.s, at.h + h, at.q0 + i), a.q.t, std::min(block, at.Tq - i), a.D);
+              if (h == 0) {
+                w.ahead.add(this->row(a.k, at.s, kv, at.k0 + j), a.k.t, std::min(block, at.Tk - j), a.D);
+                w.ahead.add(this->row(a.v, at.s, kv, at.k0 + j), a.v.t, std::min(block, at.Tk - j), a.E);
+              }
+              run(this->place(any.s, any.h + h), heads[id], first, w);
+            }
+          }
         });
-        all.wait(id);
-        share(done[k], n * per_head, [&](int64_t i) { // the last queries, which see most, come first
-          const int64_t head = first + i / per_head, rest = per_head - 1 - i % per_head, h = rest % this->group();
-          const Place at = this->place(head / a.Hk, head % a.Hk * this->group() + h);
-          const int64_t begin = rest / this->group() * block;
-          if (begin < at.Tq) run(at, heads[i / per_head], begin, scratch[id]);
-        });
-        all.wait(id);
-      }
+      share(packed, kv_heads * k_blocks, [&](int64_t i) { pack(i / k_blocks, i % k_blocks, 1, heads[i / k_blocks]); });
+      all.wait(id);
+      share(done, kv_heads * per_head, [&](int64_t i) { // the last queries, which see most, come first
+        const int64_t head = i / per_head, rest = per_head - 1 - i % per_head, h = rest % group;
+        const Place at = this->place(head / a.Hk, head % a.Hk * group + h);
+        const int64_t first = rest / group * block;
+        if (first < at.Tq) run(at, heads[head], first, w);
+      });
     });
   }
 };

@@ -66,6 +66,13 @@ public:
   }
 };
 
+// Asks for a cache line. GCC takes functions that do nothing else for ones without effect and drops their calls: so
+// asm.
+inline void prefetch(const void *p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");
+}
+
 template <class T> constexpr int64_t vectors(int64_t n) { return (n + lanes<T> - 1) / lanes<T>; }
 template <class P> constexpr int64_t sum_steps(int64_t K) { return (K + Dot<P>::depth - 1) / Dot<P>::depth; }
 // Elements of a row of n, so that rows begin at cache lines and rows of 2^k bytes do not meet in the same cache sets.
@@ -129,6 +136,9 @@ inline Vec<float> pair_words(const bfloat16 *a, const bfloat16 *b, int64_t n) {
     return widen(s);
   };
   return Vec<float>((Vec<float>::Raw)(raw(a) | (b ? raw(b) << 16 : raw(a) & 0)));
+}
+inline Vec<float> pair_words(Vec<float> a, Vec<float> b) {
+  return Vec<float>((Vec<float>::Raw)(bfloat16_bits(a) | bfloat16_bits(b) << 16));
 }
 template <class P> inline void store_words(P *p, Word<P> w) { std::memcpy(static_cast<void *>(p), &w.v, sizeof w.v); }
 

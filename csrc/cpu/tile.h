@@ -1,5 +1,5 @@
-// The register tile: acc[r][u][g] = init[u][g] + sum_k a[r][k] * w[u][k][g], where u counts vectors of units and the G
-// gates of one vector lie side by side in w. Every matrix product of the drivers is a walk of this tile over panels.
+// The register tile: acc[r][u][g] = init[r][u][g] + sum_k a[r][k] * w[u][k][g], where u counts vectors of units and the
+// G gates of one vector lie side by side in w. Every matrix product of the drivers is a walk of this tile over panels.
 //
 // Dims: R rows, U vectors of units, G gates, L lanes of a vector, K length of the sum.
 #pragma once
@@ -50,16 +50,16 @@ constexpr int max_units = 4;
 template <int G> constexpr int max_rows = accumulators / (G < 3 ? (accumulators >= 24 ? 4 : accumulators / 4 + 1) : G);
 
 template <class P>
-using Tile = void (*)(Real<P> *out,                     // [R][U][G][L]
-                      const P *const *a,                // [R] rows, wherever they lie
-                      ptrdiff_t stride,                 // from one sum step to the next within a row
-                      const P *w,                       // [U] panels of [K][G][L], `panel` apart
-                      ptrdiff_t panel, ptrdiff_t steps, // steps = ceil(K / depth)
-                      const Real<P> *init);             // [U][G][L], or null for zero
+using Tile = void (*)(Real<P> *out, ptrdiff_t out_row,          // [R][U][G][L], rows `out_row` apart
+                      const P *const *a,                        // [R] rows, wherever they lie
+                      ptrdiff_t stride,                         // from one sum step to the next within a row
+                      const P *w,                               // [U] panels of [K][G][L], `panel` apart
+                      ptrdiff_t panel, ptrdiff_t steps,         // steps = ceil(K / depth)
+                      const Real<P> *init, ptrdiff_t init_row); // as out, or null for zero
 
 template <class P, int R, int U, int G>
-__attribute__((noinline)) void tile(Real<P> *out, const P *const *a, ptrdiff_t stride, const P *w, ptrdiff_t panel,
-                                    ptrdiff_t steps, const Real<P> *init) {
+__attribute__((noinline)) void tile(Real<P> *out, ptrdiff_t out_row, const P *const *a, ptrdiff_t stride, const P *w,
+                                    ptrdiff_t panel, ptrdiff_t steps, const Real<P> *init, ptrdiff_t init_row) {
   using D = Dot<P>;
   using V = Vec<Real<P>>;
   constexpr int L = V::size;
@@ -71,7 +71,7 @@ __attribute__((noinline)) void tile(Real<P> *out, const P *const *a, ptrdiff_t s
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++)
 #pragma GCC unroll 8
-      for (int g = 0; g < G; g++) acc[r][u][g] = init ? V::load(init + (u * G + g) * L) : V(0);
+      for (int g = 0; g < G; g++) acc[r][u][g] = init ? V::load(init + r * init_row + (u * G + g) * L) : V(0);
   }
   for (ptrdiff_t k = 0; k < steps * stride; k += stride, w += G * L * D::depth) {
     if constexpr (R > U * G) { // whichever side is smaller stays in registers
@@ -107,7 +107,7 @@ __attribute__((noinline)) void tile(Real<P> *out, const P *const *a, ptrdiff_t s
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++)
 #pragma GCC unroll 8
-      for (int g = 0; g < G; g++) acc[r][u][g].store(out + ((r * U + u) * G + g) * L);
+      for (int g = 0; g < G; g++) acc[r][u][g].store(out + r * out_row + (u * G + g) * L);
 }
 
 // The tiles of one G by rows and vectors of units; null where the accumulators would not fit.
@@ -161,12 +161,41 @@ inline void product(int64_t n, int64_t v0, int64_t v1, const Matrix<P> &m, Row r
       const int64_t first = n * part / parts, size = n * (part + 1) / parts - first;
       const P *rows[Set::rows];
       for (int64_t r = 0; r < size; r++) rows[r] = row(first + r);
-      Set::get(int(size), int(u))(out, rows, stride, m.panels + v * m.panel, m.panel, m.steps,
-                                  m.bias ? m.bias + v * G * L : nullptr);
+      Set::get(int(size), int(u))(out, u * G * L, rows, stride, m.panels + v * m.panel, m.panel, m.steps,
+                                  m.bias ? m.bias + v * G * L : nullptr, 0);
       for (int64_t r = 0; r < size; r++)
         for (int64_t j = 0; j < u; j++) done(first + r, v + j, out + (r * u + j) * G * L);
     }
   }
+}
+
+// What a few rows take part in: vectors [v0, v1), steps [k0, k1) of the sum.
+struct Extent {
+  int64_t v0, v1, k0, k1;
+};
+
+// n rows times a packed matrix of one gate, straight to where it belongs, or added to what is there.
+// part(first row, rows) -> Extent: what lies outside of it is not computed, and nothing is written outside of its
+// vectors.
+template <class P, class Row, class Partly>
+inline void product_to(Real<P> *out, ptrdiff_t out_row, bool add, int64_t n, const Matrix<P> &m, Row row,
+                       ptrdiff_t stride, Partly part) {
+  using Set = Tiles<P, 1>;
+  constexpr int L = lanes<P>;
+  if (n < 1) return;
+  const int64_t groups = (n + Set::rows - 1) / Set::rows, units = Set::units(n), last = part(0, n).v1;
+  for (int64_t v = part(0, n).v0; v < last; v += units)
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first = n * group / groups, size = n * (group + 1) / groups - first;
+      const Extent p = part(first, size);
+      const int64_t from = std::max(v, p.v0), u = std::min(v + units, p.v1) - from;
+      if (u < 1) continue;
+      const P *rows[Set::rows];
+      for (int64_t r = 0; r < size; r++) rows[r] = row(first + r) + p.k0 * stride;
+      Real<P> *const to = out + first * out_row + from * L;
+      Set::get(int(size), int(u))(to, out_row, rows, stride, m.panels + from * m.panel + p.k0 * L * Dot<P>::depth,
+                                  m.panel, p.k1 - p.k0, add ? to : nullptr, out_row);
+    }
 }
 
 } // namespace gk
