@@ -172,7 +172,7 @@ class Loop(nn.Module):
         super().__init__()
         self.weights, self.case, cell = Weights(layer), case, case.definition()
         self.step, self.states = step_of(cell), cell.S
-        self.advance = torch.compile(self.one, dynamic=False) if compiled else self.one
+        self.advance = compiled_anew(self.one) if compiled else self.one
 
     def named_parameters(self, *args, **kwargs):
         """By the names that the layer has."""
@@ -209,6 +209,12 @@ class Loop(nn.Module):
         return torch.stack(outputs), final if len(final) > 1 else final[0]
 
 
+def compiled_anew(step: Callable[..., States]) -> Callable[..., States]:
+    """Without what was compiled for rows before: after eight forms of a function torch compiles no other."""
+    torch._dynamo.reset()
+    return torch.compile(step, dynamic=False)
+
+
 def zoned(before: Tensor, after: Tensor, p: float, training: bool) -> Tensor:
     """Units keep their state with probability p; the mean of that where nothing is drawn."""
     if training:
@@ -224,7 +230,7 @@ class Scales(nn.Module):
         self.periods = case.periods
         self.groups = nn.ModuleList(Weights(group) for group in layer.groups)
         self.units = case.H // len(self.periods)
-        self.advance = torch.compile(gru, dynamic=False) if compiled else gru
+        self.advance = compiled_anew(gru) if compiled else gru
 
     def named_parameters(self, *args, **kwargs):
         for name, p in super().named_parameters(*args, **kwargs):
