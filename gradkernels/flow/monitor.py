@@ -128,7 +128,8 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
         scaler: the ``torch.amp.GradScaler`` in use. Norms are those of the unscaled loss, and a step that it skips has a record.
         keep: records that the history holds at most (512); older ones are thinned out, evenly, when there are more.
         spectra: at one step in so many take :func:`gradkernels.flow.spectrum` of the recurrent layers.
-        clip: the ``max_norm`` at which you clip gradients, for ``snapshot()["clip_rate"]``, the share of steps at which they were as large.
+        clip: the ``max_norm`` at which you clip gradients: the norm of all of them together is then measured at every recorded step, after the
+            update, and ``snapshot()["clip_rate"]`` is the share of these steps at which it was as large.
         thresholds: :class:`Thresholds` of alerts.
         on_alert: called with every new :class:`Alert`; None warns, once a kind and layer.
         raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.

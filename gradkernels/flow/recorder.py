@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -192,11 +193,14 @@ class Recorder:
         step = Step(self.step_count + 1, self.step_count // self.every, found, scale, level=level)
         if level == DETAILS:
             self._weights.measure(step, self._points)
+        if self.clip is not None:
+            ranks = 1 if self.group is None else torch.distributed.get_world_size(self.group)
+            step.total = self._weights.total(self.device, ranks)
         self._heard |= bool(found) or not self._points
         self._silent += not self._heard
         if self._silent == 3 and not self._heard:
             warnings.warn(NOTHING, FlowWarning, stacklevel=4)
-        if found or step.parameters or self.group is not None:
+        if found or step.parameters or step.total is not None or self.group is not None:
             self._pending.append(step)
 
     # ------ what has been found
@@ -226,10 +230,11 @@ class Recorder:
             made, full = records(pending) if pending else ([], set())
             self._short |= {point for point in full if not point.seen}
             for record in made:
-                if not (record.layers or record.blocks or record.parameters):
+                if not (record.layers or record.blocks or record.parameters or record.grad_norm is not None):
                     continue
                 self._history.append(record)
-                if self.clip is not None and record.grad_norm is not None:
+                if self.clip is not None and record.grad_norm is not None and math.isfinite(record.grad_norm):
+                    # clip_grad_norm_ may have run: what it has clipped is as large as that up to rounding
                     self._clips[0] += record.grad_norm >= self.clip * (1 - 1e-3)
                     self._clips[1] += 1
                 fresh = self._alerts.look(record, self.layers, self.thresholds)

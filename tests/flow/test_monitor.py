@@ -196,6 +196,48 @@ def test_parameters_by_layer():
     assert record.grad_norm == pytest.approx(every) and monitor.snapshot()["clip_rate"] == 1.0
 
 
+@pytest.mark.parametrize(
+    "make", (lambda: small(), lambda: nn.Sequential(nn.Flatten(1), nn.Linear(6, 2))), ids=("rnn", "linear")
+)
+@pytest.mark.parametrize("clipped", (True, False), ids=("clipped", "as-they-are"))
+def test_clip_rate_counts_every_step(make, clipped):
+    """Five large gradients in forty steps, at steps of which only some have details, and one that is no number."""
+    model = make()
+    optimizer, norms = torch.optim.SGD(model.parameters(), 0.0), []
+    monitor = gk.flow.watch(model, clip=1.0)
+    x = torch.randn(6, 2, 3)
+    for k in range(40):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        wanted = 30.0 if k in (1, 2, 9, 20, 33) else 0.3
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        torch._foreach_mul_([p.grad for p in model.parameters()], wanted / norm.item())
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(min(wanted, 1.0) if clipped else wanted)
+        optimizer.step()
+    assert monitor.snapshot()["clip_rate"] == 5 / 40
+    assert [r.grad_norm for r in monitor.history] == pytest.approx(norms, rel=1e-4)
+    next(model.parameters()).grad.fill_(math.nan)
+    optimizer.step()
+    assert monitor.snapshot()["clip_rate"] == 5 / 40
+
+
+def test_a_step_that_a_scaler_skips_is_not_clipped():
+    model, scaler = small(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gk.flow.watch(model, scaler=scaler, clip=1e-6)
+    for factor in (1.0, math.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        (scaler.scale(model(torch.randn(6, 2, 3)).square().sum()) * factor).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        scaler.step(optimizer)
+        scaler.update()
+    monitor.flush()
+    assert monitor._clips == [3, 3] and monitor.history[-1].grad_norm == pytest.approx(norm)
+
+
 def test_details_are_rare():
     model = small()
     monitor = gk.flow.watch(model)
