@@ -53,7 +53,15 @@ class Monitor(Recorder):
             for name, flow in record.layers.items():
                 if layer in (None, name):
                     return name, flow
-        raise RuntimeError(NOTHING)
+        raise RuntimeError(NOTHING if self.layers else self._no_layer())
+
+    def _no_layer(self) -> str:
+        blocks = [point.name for point in self._points]  # without layers there is nothing else
+        watched = [f"the blocks {', '.join(blocks)}"] * bool(blocks) + ["the parameters"]
+        return (
+            f"no recurrent layer is watched: {self.name} has none; what is watched are {' and '.join(watched)}. "
+            "Cells of a single step (LSTMCell, GRUCell, RNNCell) are not watched: a layer takes the whole sequence"
+        )
 
     def log10_norms(self, layer: str | None = None, state: int = 0) -> Tensor:
         """log10 ||dL/ds_t|| over time, float32 [T], of the latest record; of the first layer and of h unless said otherwise."""

@@ -495,6 +495,41 @@ def test_wrong_use(call, error, text):
         call()
 
 
+class Loop(nn.Module):
+    """A cell of a single step in a loop of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = gk.nn.LSTMCell(3, 4)
+
+    def forward(self, x):
+        state = None
+        for row in x:
+            state = self.cell(row, state)
+        return state[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "watched"),
+    [
+        (lambda: nn.Linear(3, 4), "Linear has none; what is watched are the parameters"),
+        (lambda: Loop(), "Loop has none; what is watched are the parameters. Cells of a single step .LSTMCell"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 4), gk.nn.ResidualBlock(nn.Linear(4, 4), 4)),
+            "Sequential has none; what is watched are the blocks 1 and the parameters",
+        ),
+    ],
+    ids=("linear", "cell", "block"),
+)
+def test_no_recurrent_layer_is_said(make, watched):
+    model = make()
+    monitor = gk.flow.watch(model)
+    train(model, 2)
+    for call in (monitor.horizon, monitor.log10_norms):
+        with pytest.raises(RuntimeError, match=f"no recurrent layer is watched: {watched}"):
+            call()
+
+
 def test_backward_never_called_is_said_once():
     model = small()
     monitor = gk.flow.watch(model)
