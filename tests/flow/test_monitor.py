@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pickle
+import re
 import threading
 import tracemalloc
 import warnings
@@ -456,6 +457,52 @@ def test_snapshot_in_full():
     ]
     assert {s["step"] for s in got["spectra"]} == {1, 3} and len(got["spectra"]) == 2 * (4 + 4 + 3)
     assert got["clip_rate"] is None and got["nonfinite"] is None
+
+
+def test_summary_and_repr():
+    block = gk.nn.ResidualBlock(nn.Linear(4, 4), 4, dropout=0.0)
+    model = nn.Sequential(Small(gk.nn.LSTM(3, 4), 4, 4), block)
+    monitor = gk.flow.watch(model)
+    assert monitor.summary().splitlines() == [
+        "Sequential, 0 steps",
+        "  0.rnn.l0: nothing measured yet",
+        "  1: nothing measured yet",
+    ]
+    assert repr(monitor) == "<Monitor of Sequential: step 0, 1 layers, 1 blocks>"
+    train(model, 2)
+    title, layer, residual, *_ = monitor.summary().splitlines()
+    assert title == "Sequential, 2 steps" and "memory horizon 5 of 5 steps" in layer
+    assert re.fullmatch(r".*; \d\.\d{3} decades (lost|gained) a step \(r2 \d\.\d\d\)", layer)
+    found = monitor.history[-1].blocks["1"]
+    assert residual == (
+        f"  1: gradient 1e{found.exit:.1f} at the exit, 1e{found.entrance:.1f} at the entrance; "
+        f"{found.residual_share:.0%} of it came past the sublayers"
+    )
+    monitor.close()
+    assert repr(monitor).endswith("closed>")
+
+
+@pytest.mark.parametrize(
+    ("log10", "text"),
+    [
+        ([-math.inf, -1.0, 0.0], "0 at the first time step, 1e0.0 at the last"),
+        ([0.0, math.nan, math.nan], "1e0.0 at the first time step, not finite at the last"),
+        ([math.inf, 0.0, 0.0], "not finite at the first time step"),
+        ([0.0, 0.201, 0.402], "; 0.201 decades lost a step"),
+        ([0.402, 0.201, 0.0], "; 0.201 decades gained a step"),
+        ([1e-5, 0.0, 2e-5], "; steady"),
+    ],
+    ids=("zero", "nan", "infinite", "lost", "gained", "steady"),
+)
+def test_summary_in_words(log10, text):
+    layer = gk.nn.GRU(3, 4)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(3, 2, 3))[0].sum().backward()
+    monitor.step()
+    (record,) = monitor.history
+    flow = record.layers["GRU.l0"]
+    flow.signals["h"], flow.decay = np.array(log10), decays(np.array([log10])[:, ::-1])[0]
+    assert text in monitor.summary()
 
 
 # ---------------------------------------------------------------- wrong use
