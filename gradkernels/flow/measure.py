@@ -129,6 +129,7 @@ def reach(back: Array) -> list[Reach | None]:
         return [None] * len(back)
     first, change = changes(back)
     top = np.where(np.isfinite(change), change, -np.inf).max(1)
-    peak = back[np.arange(len(back)), first] + top
+    with np.errstate(invalid="ignore"):  # of a step that a scaler skips nothing is finite
+        peak = back[np.arange(len(back)), first] + top
     rows = zip(first.tolist(), change[:, -1].tolist(), top.tolist(), peak.tolist())
     return [Reach(*row) if row[2] > -np.inf else None for row in rows]

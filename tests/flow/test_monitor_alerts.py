@@ -148,6 +148,20 @@ def test_steps_that_a_scaler_skips_are_its_own_affair():
     assert ("nonfinite", "rnn.l0") in kinds(monitor)
 
 
+@pytest.mark.parametrize("factor", (math.inf, -math.inf, math.nan))
+def test_a_step_that_is_skipped_gives_no_warnings_of_numpy(factor):
+    model = nn.Sequential(gk.nn.AttentionBlock(4, 1, dropout=0.0), Small(gk.nn.RNN(4, 4), 4, 1))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0), torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gk.flow.watch(model, scaler=scaler, clip=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (scaler.scale(model(torch.randn(5, 2, 4)).sum()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        monitor.flush()
+        assert "not finite" in monitor.summary() and monitor.snapshot()["steps"] == [1]
+
+
 def test_well_behaved_training_says_nothing():
     model = Small(gk.init.chrono_(gk.nn.LSTM(3, 16), 10), 16)
     monitor = gk.flow.watch(model)
