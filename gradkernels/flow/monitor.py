@@ -79,6 +79,11 @@ class Monitor(Recorder):
         """log10 ||dL/ds_t|| over time, float32 [T], of the latest record; of the first layer and of h unless said otherwise."""
         name, flow = self._latest(layer)
         states = self.layers[name].states or ("x",)
+        if not -len(states) <= state < len(states):
+            what = f"{len(states)} states" if len(states) > 1 else "one state"
+            raise IndexError(
+                f"{name} has {what}, {', '.join(f'{k}: {s}' for k, s in enumerate(states))}; got state {state}"
+            )
         return torch.from_numpy(flow.signals[states[state]].copy())
 
     def horizon(self, layer: str | None = None) -> int | None:
@@ -175,14 +180,14 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
         thresholds: :class:`Thresholds` of alerts.
         on_alert: called with every new :class:`Alert`; None warns, once a kind and layer.
         raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
-        log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one.
+        log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one; one or several.
         group: process group whose ranks average their gradients; found in a model wrapped by DDP or FSDP before.
 
     Returns:
         a :class:`Monitor`; a context manager. Under CUDA graphs call its ``step()`` after each replay.
 
     Raises:
-        TypeError: not a module. ValueError: no parameters, or an option out of range.
+        TypeError: not a module, or an option of another type. ValueError: no parameters, all of them frozen, or an option out of range.
         RuntimeError: something in the model is watched already.
 
     Horizon and saturation: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013.

@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ class Recorder:
         thresholds: Thresholds | None = None,
         on_alert: Callable[[Alert], object] | None = None,
         raise_on: Iterable[str] = (),
-        log: Iterable[Callable[[Record], object]] = (),
+        log: Callable[[Record], object] | Iterable[Callable[[Record], object]] = (),
         group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -61,9 +62,25 @@ class Recorder:
         for name, value in (("every", every), ("keep", keep), ("spectra", spectra)):
             if value is not None and (not isinstance(value, int) or value < (2 if name == "keep" else 1)):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        self.raise_on = frozenset(raise_on)
-        if unknown := self.raise_on - ADVICE.keys():
-            raise ValueError(f"unknown kind of alert {min(unknown)!r} in raise_on; kinds are {', '.join(ADVICE)}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: it is frozen, and nothing trains it"
+            )
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real)):
+            raise TypeError(
+                f"clip must be a number, the max_norm at which gradients are clipped, got {type(clip).__name__}"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be larger than 0, got {clip!r}")
+        if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("update", "is_enabled")):
+            raise TypeError(
+                f"scaler must be a torch.amp.GradScaler, with update and is_enabled, got {type(scaler).__name__}"
+            )
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"thresholds must be gk.flow.Thresholds, got {type(thresholds).__name__}")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert must be a function of an alert, or None, got {type(on_alert).__name__}")
+        self.raise_on, self.log = kinds(raise_on), sinks(log)
         for module in model.modules():
             if (other := _watched.get(module)) is not None and other() is not None:
                 raise RuntimeError(
@@ -71,7 +88,7 @@ class Recorder:
                 )
         self.every, self.scaler, self.clip, self.spectra = every, scaler, clip, spectra
         self.thresholds = thresholds or Thresholds()
-        self.on_alert, self.log = on_alert, list(log)
+        self.on_alert = on_alert
         self.model, self.group = weakref.ref(model), group or group_of(model)
         self.name = type(unwrapped(model)).__name__
         self.step_count = 0
@@ -312,6 +329,40 @@ NOTHING = (
     "nothing has been measured yet: call loss.backward() on what the watched model computed with gradients enabled "
     "(torch.autograd.grad and torch.func leave monitors out; a model compiled before it was watched may have to be compiled again)"
 )
+
+
+def kinds(raise_on: Iterable[str]) -> frozenset[str]:
+    """Those of alerts that raise.
+
+    Raises:
+        TypeError: no collection. ValueError: something in it is no kind of alert.
+    """
+    if isinstance(raise_on, str):
+        raise TypeError(f"raise_on must be a collection of kinds of alerts, ({raise_on!r},), got the text {raise_on!r}")
+    if not isinstance(raise_on, Iterable):
+        raise TypeError(f"raise_on must be a collection of kinds of alerts, got {type(raise_on).__name__}")
+    found = list(raise_on)
+    for kind in found:
+        if kind not in [*ADVICE]:
+            raise ValueError(f"unknown kind of alert {kind!r} in raise_on; kinds are {', '.join(ADVICE)}")
+    return frozenset(found)
+
+
+def sinks(log: Any) -> list[Callable[[Record], object]]:
+    """Everything that is called with a record: one function, or several.
+
+    Raises:
+        TypeError: something else.
+    """
+    if callable(log):
+        return [log]
+    if not isinstance(log, Iterable):
+        raise TypeError(f"log must be a function of a record, or several, got {type(log).__name__}")
+    found = list(log)
+    for sink in found:
+        if not callable(sink):
+            raise TypeError(f"log must be a function of a record, or several, got {type(sink).__name__} among them")
+    return found
 
 
 def capturing(device: torch.device) -> bool:

@@ -527,6 +527,35 @@ def test_watching_twice():
         (lambda: gk.flow.watch(small(), every=0), ValueError, "every must be a positive integer, got 0"),
         (lambda: gk.flow.watch(small(), keep=1), ValueError, "keep must be"),
         (lambda: gk.flow.watch(small(), raise_on=("vanished",)), ValueError, "unknown kind of alert 'vanished'"),
+        (lambda: gk.flow.watch(small(), raise_on=("dead", ["dead"])), ValueError, "unknown kind of alert .'dead'. in"),
+        (
+            lambda: gk.flow.watch(small(), raise_on="dead"),
+            TypeError,
+            r"of kinds of alerts, \('dead',\), got the text 'dead'",
+        ),
+        (lambda: gk.flow.watch(small(), raise_on=3), TypeError, "raise_on must be a collection .* got int"),
+        (lambda: gk.flow.watch(small(), clip="1"), TypeError, "clip must be a number, .* got str"),
+        (lambda: gk.flow.watch(small(), clip=True), TypeError, "clip must be a number, .* got bool"),
+        (lambda: gk.flow.watch(small(), clip=0.0), ValueError, "clip must be larger than 0, got 0.0"),
+        (lambda: gk.flow.watch(small(), clip=math.nan), ValueError, "clip must be larger than 0, got nan"),
+        (
+            lambda: gk.flow.watch(small(), thresholds={"dead": 1}),
+            TypeError,
+            "thresholds must be gk.flow.Thresholds, got dict",
+        ),
+        (
+            lambda: gk.flow.watch(small(), on_alert=[]),
+            TypeError,
+            "on_alert must be a function of an alert, or None, got list",
+        ),
+        (lambda: gk.flow.watch(small(), log=3), TypeError, "log must be a function of a record, or several, got int"),
+        (lambda: gk.flow.watch(small(), log=[print, "a.jsonl"]), TypeError, "got str among them"),
+        (
+            lambda: gk.flow.watch(small(), scaler=1024.0),
+            TypeError,
+            "scaler must be a torch.amp.GradScaler, .* got float",
+        ),
+        (lambda: gk.flow.watch(small().requires_grad_(False)), ValueError, "no parameter of Small requires a gradient"),
         (lambda: gk.flow.watch(nn.Linear(2, 2), spectra=1), ValueError, "Linear has none"),
         (
             lambda: gk.flow.watch(small()).log10_norms(),
@@ -535,11 +564,21 @@ def test_watching_twice():
         ),
         (lambda: gk.flow.watch(small()).horizon("rnn.l7"), KeyError, "no layer 'rnn.l7' is watched; there are rnn.l0"),
     ],
-    ids=("no-parameters", "no-module", "every", "keep", "raise_on", "spectra", "no-backward", "no-layer"),
 )
 def test_wrong_use(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_states_that_a_layer_has_not():
+    model = nn.ModuleList([gk.nn.LSTM(3, 4), nn.GRU(4, 4)])
+    monitor = gk.flow.watch(model)
+    model[1](model[0](torch.randn(6, 2, 3))[0])[0].sum().backward()
+    assert torch.equal(monitor.log10_norms("0.l0", -1), monitor.log10_norms("0.l0", 1))
+    with pytest.raises(IndexError, match="0.l0 has 2 states, 0: h, 1: c; got state 7"):
+        monitor.log10_norms(state=7)
+    with pytest.raises(IndexError, match="1 has one state, 0: x; got state 1"):
+        monitor.log10_norms("1", 1)
 
 
 class Loop(nn.Module):

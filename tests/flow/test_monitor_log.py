@@ -53,6 +53,12 @@ def test_dict_log():
     assert all("flow/rnn.l0/horizon" in values for _, values in seen)
 
 
+def test_one_sink_need_be_no_list():
+    seen = []
+    trained(3, log=seen.append).close()
+    assert [record.step for record in seen] == [1, 2, 3]
+
+
 def test_json_lines(tmp_path):
     log = gk.flow.JsonlLog(tmp_path / "flow.jsonl", every=10)
     monitor = trained(40, log=[log])
