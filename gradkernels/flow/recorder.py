@@ -267,12 +267,15 @@ class Recorder:
         for point in short:  # of compiled code, which cannot make longer leaves when it meets a longer sequence
             point.resize(2 * point.steps)
         for record, fresh in untold:
-            for sink in self.log:
-                sink(record)
+            for sink in list(self.log):
+                if (error := failed(sink, record)) is not None:
+                    self.log.remove(sink)
+                    warnings.warn(f"{error}; this sink gets no more records", FlowWarning, stacklevel=2)
             for alert in fresh:
-                if self.on_alert is not None:
-                    self.on_alert(alert)
-                else:
+                if self.on_alert is not None and (error := failed(self.on_alert, alert)) is not None:
+                    self.on_alert = None
+                    warnings.warn(f"{error}; alerts are warnings from here on", FlowWarning, stacklevel=2)
+                if self.on_alert is None:
                     warnings.warn(str(alert), FlowWarning, stacklevel=2)
         for _, fresh in untold:
             for alert in fresh:
@@ -363,6 +366,17 @@ def sinks(log: Any) -> list[Callable[[Record], object]]:
         if not callable(sink):
             raise TypeError(f"log must be a function of a record, or several, got {type(sink).__name__} among them")
     return found
+
+
+def failed(call: Callable[[Any], object], what: Record | Alert) -> str | None:
+    """Tell a sink or a callback; what went wrong, if anything did, which is no reason to end a training."""
+    try:
+        call(what)
+    except Exception as error:
+        name = getattr(call, "__qualname__", type(call).__qualname__)
+        said = f": {error}" if str(error) else ""
+        return f"{name} failed at step {what.step}, {type(error).__name__}{said}"
+    return None
 
 
 def capturing(device: torch.device) -> bool:

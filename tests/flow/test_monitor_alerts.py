@@ -1,6 +1,7 @@
 """Alerts: what is pointed out, where, how often, and that nothing is where all is well."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -196,6 +197,25 @@ def test_raised_on_request():
     monitor.step()
     with pytest.raises(gk.flow.FlowError, match="Vanishing: RNN.l0"):
         monitor.flush()
+
+
+def test_a_callback_that_raises_ends_no_training():
+    """What was asked for as an exception still is one."""
+    told = []
+
+    class Callback:
+        def __call__(self, alert):
+            told.append(alert)
+            raise ZeroDivisionError
+
+    layer = gk.nn.RNN(4, 16)
+    monitor = last_step(layer, on_alert=Callback(), raise_on={"vanishing"})
+    monitor.step()
+    with pytest.warns(gk.flow.FlowWarning) as said, pytest.raises(gk.flow.FlowError, match="Vanishing: RNN.l0"):
+        monitor.flush()
+    first, second = [str(w.message) for w in said]
+    assert re.fullmatch(".*Callback failed at step 1, ZeroDivisionError; alerts are warnings from here on", first)
+    assert second == str(told[0]) and len(told) == 1
 
 
 def test_thresholds():
