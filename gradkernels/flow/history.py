@@ -83,7 +83,7 @@ class Record:
     blocks: dict[str, Block] = field(default_factory=dict)
     parameters: dict[str, Group] = field(default_factory=dict)
     dead: dict[str, float] = field(default_factory=dict)  # share of units that no gradient reaches, by layer
-    grad_norm: float | None = None  # of all parameters together
+    grad_norm: float | None = None  # of all parameters together; with `clip` at every record
     # what a snapshot shows of it, once it has been asked for
     written: dict[str, Any] = field(default_factory=dict, repr=False)
 

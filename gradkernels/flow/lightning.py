@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from gradkernels.flow.log import EVERY, DictLog
 from gradkernels.flow.monitor import Monitor
 from gradkernels.flow.ranks import group_of
+from gradkernels.flow.recorder import sinks
 
 
 class FlowCallback(Callback):
@@ -30,7 +31,7 @@ class FlowCallback(Callback):
 
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self.options}
         options.setdefault("group", group_of(trainer.strategy.model))
-        options["log"] = [*options.get("log", ()), DictLog(log, self.every_logged)]
+        options["log"] = [*sinks(options.get("log", ())), DictLog(log, self.every_logged)]
         self.monitor = Monitor(pl_module, **options)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -35,6 +35,7 @@ class Step:
     dead: dict[str, Tensor] = field(default_factory=dict)
     level: int = 0  # what was measured
     sharded: bool = False  # each rank has but a part of every parameter
+    total: Tensor | None = None  # square of all gradients together, this rank's share of it; NaN: unknown
 
 
 def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
@@ -52,6 +53,8 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
                 layer: Layer = point.layers[at]
                 made[k].layers[layer.name] = Flow()  # in the order of the model
                 together[len(layer.states), layer.reverse, squares.shape].append((k, layer, squares, point))
+    totals = [step for step in steps if step.total is not None]
+    sums = dict(zip((step.number for step in totals), to_host([s.total for s in totals]).tolist())) if totals else {}
     full = set()
     for (S, reverse, shape), rows in together.items():
         lengths = fill(made, rows, scales, S, reverse)
@@ -62,6 +65,8 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
             values = to_host([*step.parameters.values()])
             record.parameters = {name: group(*row) for name, row in zip(step.parameters, values.tolist())}
             record.grad_norm = math.sqrt(values[:, 1].sum())
+        if not math.isnan(total := sums.get(step.number, math.nan)):
+            record.grad_norm = math.sqrt(total)
     return made, full
 
 
@@ -124,6 +129,7 @@ def reach(back: Array) -> list[Reach | None]:
         return [None] * len(back)
     first, change = changes(back)
     top = np.where(np.isfinite(change), change, -np.inf).max(1)
-    peak = back[np.arange(len(back)), first] + top
+    with np.errstate(invalid="ignore"):  # of a step that a scaler skips nothing is finite
+        peak = back[np.arange(len(back)), first] + top
     rows = zip(first.tolist(), change[:, -1].tolist(), top.tolist(), peak.tolist())
     return [Reach(*row) if row[2] > -np.inf else None for row in rows]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradkernels.flow.alerts import Alert
-from gradkernels.flow.history import Record
+from gradkernels.flow.history import Block, Flow, Record
 from gradkernels.flow.measure import Step, records
+from gradkernels.flow.points import Residual
 from gradkernels.flow.recorder import NOTHING, Recorder
 from gradkernels.flow.snapshot import snapshot
 
@@ -17,10 +19,21 @@ from gradkernels.flow.snapshot import snapshot
 class Monitor(Recorder):
     """What :func:`watch` returns; a context manager. Here is what one can ask it.
 
+    The memory horizon of a layer is the largest k with ||dL/dh_{T-k}|| >= 1e-3 ||dL/dh_T||: how many steps back from the last one the
+    gradient still has a thousandth of its size.
+
     Attributes:
         step_count: optimizer steps seen so far.
         layers: the recurrent layers and directions that are watched, by name.
     """
+
+    def __repr__(self) -> str:
+        found = f"step {self.step_count}, {len(self.layers)} layers, {len(self._blocks)} blocks"
+        return f"<Monitor of {self.name}: {found}{', closed' if self._closed else ''}>"
+
+    @property
+    def _blocks(self) -> list[str]:
+        return [point.name for point in self._points if isinstance(point, Residual)]
 
     def _now(self) -> Record | None:
         """A record of what the step under way has measured so far."""
@@ -53,12 +66,24 @@ class Monitor(Recorder):
             for name, flow in record.layers.items():
                 if layer in (None, name):
                     return name, flow
-        raise RuntimeError(NOTHING)
+        raise RuntimeError(NOTHING if self.layers else self._no_layer())
+
+    def _no_layer(self) -> str:
+        watched = [f"the blocks {', '.join(self._blocks)}"] * bool(self._blocks) + ["the parameters"]
+        return (
+            f"no recurrent layer is watched: {self.name} has none; what is watched are {' and '.join(watched)}. "
+            "Cells of a single step (LSTMCell, GRUCell, RNNCell) are not watched: a layer takes the whole sequence"
+        )
 
     def log10_norms(self, layer: str | None = None, state: int = 0) -> Tensor:
         """log10 ||dL/ds_t|| over time, float32 [T], of the latest record; of the first layer and of h unless said otherwise."""
         name, flow = self._latest(layer)
         states = self.layers[name].states or ("x",)
+        if not -len(states) <= state < len(states):
+            what = f"{len(states)} states" if len(states) > 1 else "one state"
+            raise IndexError(
+                f"{name} has {what}, {', '.join(f'{k}: {s}' for k, s in enumerate(states))}; got state {state}"
+            )
         return torch.from_numpy(flow.signals[states[state]].copy())
 
     def horizon(self, layer: str | None = None) -> int | None:
@@ -66,28 +91,18 @@ class Monitor(Recorder):
         return self._latest(layer)[1].horizon
 
     def summary(self) -> str:
-        """A few lines for people: every layer's horizon, decay and norms at both ends, and what was pointed out."""
+        """A few lines for people: every layer's horizon, decay and norms at both ends, every block's norms at both and how much came past
+        its sublayers, and what was pointed out."""
+        history = self.history
+        flows = {name: flow for record in history for name, flow in record.layers.items()}
+        blocks = {name: block for record in history for name, block in record.blocks.items()}
         lines = [f"{self.name}, {self.step_count} steps"]
-        recent = {name: flow for record in self.history for name, flow in record.layers.items()}
         for name, layer in self.layers.items():
-            if (flow := recent.get(name)) is None:
-                lines.append(f"  {name}: nothing measured yet")
-                continue
             signal = (layer.states or ("x",))[0]
-            first, last = flow.signals[signal][[0, -1]]
-            lines.append(
-                f"  {name}: ||dL/d{signal}|| 1e{first:.1f} at the first time step, 1e{last:.1f} at the last"
-                + (
-                    ""
-                    if flow.horizon is None
-                    else f"; memory horizon {flow.horizon} of {len(flow.signals[signal]) - 1} steps"
-                )
-                + (
-                    ""
-                    if flow.decay is None
-                    else f"; {flow.decay.rate:.3f} decades lost a step (r2 {flow.decay.r2:.2f})"
-                )
-            )
+            flow = flows.get(name)
+            lines.append(f"  {name}: {_of_layer(signal, flow) if flow and flow.signals[signal].size else UNMEASURED}")
+        for name in self._blocks:
+            lines.append(f"  {name}: {_of_block(blocks[name]) if name in blocks else UNMEASURED}")
         return "\n".join([*lines, *(f"  {alert}" for alert in self.alerts)])
 
     def snapshot(self) -> dict[str, Any]:
@@ -96,6 +111,38 @@ class Monitor(Recorder):
             if self.group is None:
                 self._drain()
             return snapshot(self)
+
+
+UNMEASURED = "nothing measured yet"
+
+
+def _of_layer(signal: str, flow: Flow) -> str:
+    first, last = flow.signals[signal][[0, -1]].tolist()
+    parts = [f"||dL/d{signal}|| {_power(first)} at the first time step, {_power(last)} at the last"]
+    if flow.horizon is not None:
+        parts.append(f"memory horizon {flow.horizon} of {len(flow.signals[signal]) - 1} steps")
+    if flow.decay is not None:
+        parts.append(f"{_slope(flow.decay.rate)} (r2 {flow.decay.r2:.2f})")
+    return "; ".join(parts)
+
+
+def _of_block(block: Block) -> str:
+    ends = f"gradient {_power(block.exit)} at the exit, {_power(block.entrance)} at the entrance"
+    share = block.residual_share
+    return ends if share is None else f"{ends}; {share:.0%} of it came past the sublayers"
+
+
+def _power(log10: float) -> str:
+    if math.isnan(log10) or log10 == math.inf:
+        return "not finite"
+    return "0" if log10 == -math.inf else f"1e{log10:.1f}"
+
+
+def _slope(rate: float) -> str:
+    """Of decades lost with every step back."""
+    if abs(rate) < 0.0005:
+        return "steady"
+    return f"{abs(rate):.3f} decades {'lost' if rate > 0 else 'gained'} a step"
 
 
 def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) -> Monitor:
@@ -111,7 +158,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
 
     What is measured, and when:
 
-    * at every recorded step the norms of h and c, the memory horizon, the decay per step, and residual, attention and Transformer blocks
+    * at every recorded step the norms of h and c, the memory horizon (the largest k with ||dL/dh_{T-k}|| >= 1e-3 ||dL/dh_T||), the decay per step, and residual, attention and Transformer blocks
       (torch's too): norms at entrance and exit, and the share of the gradient that came past the sublayers. (After the norm, with
       ``norm="post"``: past the first sublayer.)
     * at the first, second, third, fifth, ninth ... and then every 128th recorded step also the norm of dL/dx_t where x wants a gradient, the share of
@@ -128,18 +175,20 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
         scaler: the ``torch.amp.GradScaler`` in use. Norms are those of the unscaled loss, and a step that it skips has a record.
         keep: records that the history holds at most (512); older ones are thinned out, evenly, when there are more.
         spectra: at one step in so many take :func:`gradkernels.flow.spectrum` of the recurrent layers.
-        clip: the ``max_norm`` at which you clip gradients, for ``snapshot()["clip_rate"]``, the share of steps at which they were as large.
+        clip: the ``max_norm`` at which you clip gradients: the norm of all of them together is then measured at every recorded step, after the
+            update, and ``snapshot()["clip_rate"]`` is the share of these steps at which it was as large.
         thresholds: :class:`Thresholds` of alerts.
-        on_alert: called with every new :class:`Alert`; None warns, once a kind and layer.
+        on_alert: called with every new :class:`Alert`; None warns, once a kind and layer. A callback, or a sink of `log`, that raises ends no
+            training: it is warned of, and called no more.
         raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
-        log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one.
+        log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one; one or several.
         group: process group whose ranks average their gradients; found in a model wrapped by DDP or FSDP before.
 
     Returns:
         a :class:`Monitor`; a context manager. Under CUDA graphs call its ``step()`` after each replay.
 
     Raises:
-        TypeError: not a module. ValueError: no parameters, or an option out of range.
+        TypeError: not a module, or an option of another type. ValueError: no parameters, all of them frozen, or an option out of range.
         RuntimeError: something in the model is watched already.
 
     Horizon and saturation: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013.

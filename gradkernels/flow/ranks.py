@@ -53,6 +53,8 @@ def reduce(
                 else:
                     parts.append(found if len(shape) == 1 else F.pad(found, (0, 0, 0, T - len(found))))
         parts += [step.parameters.get(name, blank) for name in names if step.sharded]
+        if step.total is not None:  # everywhere or nowhere
+            parts.append(step.total)
     flat = torch.cat([v.flatten() for v in parts])
     dist.all_reduce(flat, group=group)
     whole = iter([v.view(p.shape) for v, p in zip(flat.split([p.numel() for p in parts]), parts)])
@@ -63,6 +65,8 @@ def reduce(
                 step.found[point, k] = next(whole)
         if step.sharded:
             step.parameters = {name: next(whole) for name in names}
+        if step.total is not None:
+            step.total = next(whole)
         # the loss of each rank is the mean over its own rows, and what is differentiated is their mean
         world = dist.get_world_size(group)
         step.scale = (torch.ones((), dtype=torch.double) if step.scale is None else step.scale) * world

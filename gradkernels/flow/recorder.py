@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +52,7 @@ class Recorder:
         thresholds: Thresholds | None = None,
         on_alert: Callable[[Alert], object] | None = None,
         raise_on: Iterable[str] = (),
-        log: Iterable[Callable[[Record], object]] = (),
+        log: Callable[[Record], object] | Iterable[Callable[[Record], object]] = (),
         group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -60,9 +62,25 @@ class Recorder:
         for name, value in (("every", every), ("keep", keep), ("spectra", spectra)):
             if value is not None and (not isinstance(value, int) or value < (2 if name == "keep" else 1)):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        self.raise_on = frozenset(raise_on)
-        if unknown := self.raise_on - ADVICE.keys():
-            raise ValueError(f"unknown kind of alert {min(unknown)!r} in raise_on; kinds are {', '.join(ADVICE)}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: it is frozen, and nothing trains it"
+            )
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real)):
+            raise TypeError(
+                f"clip must be a number, the max_norm at which gradients are clipped, got {type(clip).__name__}"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be larger than 0, got {clip!r}")
+        if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("update", "is_enabled")):
+            raise TypeError(
+                f"scaler must be a torch.amp.GradScaler, with update and is_enabled, got {type(scaler).__name__}"
+            )
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"thresholds must be gk.flow.Thresholds, got {type(thresholds).__name__}")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert must be a function of an alert, or None, got {type(on_alert).__name__}")
+        self.raise_on, self.log = kinds(raise_on), sinks(log)
         for module in model.modules():
             if (other := _watched.get(module)) is not None and other() is not None:
                 raise RuntimeError(
@@ -70,7 +88,7 @@ class Recorder:
                 )
         self.every, self.scaler, self.clip, self.spectra = every, scaler, clip, spectra
         self.thresholds = thresholds or Thresholds()
-        self.on_alert, self.log = on_alert, list(log)
+        self.on_alert = on_alert
         self.model, self.group = weakref.ref(model), group or group_of(model)
         self.name = type(unwrapped(model)).__name__
         self.step_count = 0
@@ -192,11 +210,14 @@ class Recorder:
         step = Step(self.step_count + 1, self.step_count // self.every, found, scale, level=level)
         if level == DETAILS:
             self._weights.measure(step, self._points)
+        if self.clip is not None:
+            ranks = 1 if self.group is None else torch.distributed.get_world_size(self.group)
+            step.total = self._weights.total(self.device, ranks)
         self._heard |= bool(found) or not self._points
         self._silent += not self._heard
         if self._silent == 3 and not self._heard:
             warnings.warn(NOTHING, FlowWarning, stacklevel=4)
-        if found or step.parameters or self.group is not None:
+        if found or step.parameters or step.total is not None or self.group is not None:
             self._pending.append(step)
 
     # ------ what has been found
@@ -226,10 +247,11 @@ class Recorder:
             made, full = records(pending) if pending else ([], set())
             self._short |= {point for point in full if not point.seen}
             for record in made:
-                if not (record.layers or record.blocks or record.parameters):
+                if not (record.layers or record.blocks or record.parameters or record.grad_norm is not None):
                     continue
                 self._history.append(record)
-                if self.clip is not None and record.grad_norm is not None:
+                if self.clip is not None and record.grad_norm is not None and math.isfinite(record.grad_norm):
+                    # clip_grad_norm_ may have run: what it has clipped is as large as that up to rounding
                     self._clips[0] += record.grad_norm >= self.clip * (1 - 1e-3)
                     self._clips[1] += 1
                 fresh = self._alerts.look(record, self.layers, self.thresholds)
@@ -245,12 +267,15 @@ class Recorder:
         for point in short:  # of compiled code, which cannot make longer leaves when it meets a longer sequence
             point.resize(2 * point.steps)
         for record, fresh in untold:
-            for sink in self.log:
-                sink(record)
+            for sink in list(self.log):
+                if (error := failed(sink, record)) is not None:
+                    self.log.remove(sink)
+                    warnings.warn(f"{error}; this sink gets no more records", FlowWarning, stacklevel=2)
             for alert in fresh:
-                if self.on_alert is not None:
-                    self.on_alert(alert)
-                else:
+                if self.on_alert is not None and (error := failed(self.on_alert, alert)) is not None:
+                    self.on_alert = None
+                    warnings.warn(f"{error}; alerts are warnings from here on", FlowWarning, stacklevel=2)
+                if self.on_alert is None:
                     warnings.warn(str(alert), FlowWarning, stacklevel=2)
         for _, fresh in untold:
             for alert in fresh:
@@ -307,6 +332,51 @@ NOTHING = (
     "nothing has been measured yet: call loss.backward() on what the watched model computed with gradients enabled "
     "(torch.autograd.grad and torch.func leave monitors out; a model compiled before it was watched may have to be compiled again)"
 )
+
+
+def kinds(raise_on: Iterable[str]) -> frozenset[str]:
+    """Those of alerts that raise.
+
+    Raises:
+        TypeError: no collection. ValueError: something in it is no kind of alert.
+    """
+    if isinstance(raise_on, str):
+        raise TypeError(f"raise_on must be a collection of kinds of alerts, ({raise_on!r},), got the text {raise_on!r}")
+    if not isinstance(raise_on, Iterable):
+        raise TypeError(f"raise_on must be a collection of kinds of alerts, got {type(raise_on).__name__}")
+    found = list(raise_on)
+    for kind in found:
+        if kind not in [*ADVICE]:
+            raise ValueError(f"unknown kind of alert {kind!r} in raise_on; kinds are {', '.join(ADVICE)}")
+    return frozenset(found)
+
+
+def sinks(log: Any) -> list[Callable[[Record], object]]:
+    """Everything that is called with a record: one function, or several.
+
+    Raises:
+        TypeError: something else.
+    """
+    if callable(log):
+        return [log]
+    if not isinstance(log, Iterable):
+        raise TypeError(f"log must be a function of a record, or several, got {type(log).__name__}")
+    found = list(log)
+    for sink in found:
+        if not callable(sink):
+            raise TypeError(f"log must be a function of a record, or several, got {type(sink).__name__} among them")
+    return found
+
+
+def failed(call: Callable[[Any], object], what: Record | Alert) -> str | None:
+    """Tell a sink or a callback; what went wrong, if anything did, which is no reason to end a training."""
+    try:
+        call(what)
+    except Exception as error:
+        name = getattr(call, "__qualname__", type(call).__qualname__)
+        said = f": {error}" if str(error) else ""
+        return f"{name} failed at step {what.step}, {type(error).__name__}{said}"
+    return None
 
 
 def capturing(device: torch.device) -> bool:

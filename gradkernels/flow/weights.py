@@ -71,6 +71,20 @@ class Weights:
                     if share is not None:
                         step.dead[layer.name] = share
 
+    @torch.no_grad()
+    def total(self, device: torch.device, ranks: int) -> Tensor:
+        """The square of all gradients together, as a share that adds up over so many ranks; NaN: there is none."""
+        grads = [(p.grad, local(p.grad)) for _, parameters in self.groups for p in parameters if p.grad is not None]
+        if not grads:
+            return torch.full((), math.nan, dtype=torch.double, device=device)
+        norms = torch._foreach_norm([mine for _, mine in grads], 2, torch.double)
+        squares = torch.stack([norm.to(device) for norm in norms]).square()
+        if ranks == 1 or all(mine is not whole for whole, mine in grads):
+            return squares.sum()
+        # what every rank has is averaged already, and is to count once
+        share = [1.0 if mine is not whole else 1.0 / ranks for whole, mine in grads]
+        return squares @ torch.tensor(share, dtype=torch.double, device=device)
+
 
 def local(t: Tensor) -> Tensor:
     """What this rank has of it."""

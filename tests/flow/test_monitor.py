@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pickle
+import re
 import threading
 import tracemalloc
 import warnings
@@ -194,6 +195,48 @@ def test_parameters_by_layer():
         assert group.update_ratio == pytest.approx(ratio, rel=1e-4)
     every = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
     assert record.grad_norm == pytest.approx(every) and monitor.snapshot()["clip_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "make", (lambda: small(), lambda: nn.Sequential(nn.Flatten(1), nn.Linear(6, 2))), ids=("rnn", "linear")
+)
+@pytest.mark.parametrize("clipped", (True, False), ids=("clipped", "as-they-are"))
+def test_clip_rate_counts_every_step(make, clipped):
+    """Five large gradients in forty steps, at steps of which only some have details, and one that is no number."""
+    model = make()
+    optimizer, norms = torch.optim.SGD(model.parameters(), 0.0), []
+    monitor = gk.flow.watch(model, clip=1.0)
+    x = torch.randn(6, 2, 3)
+    for k in range(40):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        wanted = 30.0 if k in (1, 2, 9, 20, 33) else 0.3
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        torch._foreach_mul_([p.grad for p in model.parameters()], wanted / norm.item())
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(min(wanted, 1.0) if clipped else wanted)
+        optimizer.step()
+    assert monitor.snapshot()["clip_rate"] == 5 / 40
+    assert [r.grad_norm for r in monitor.history] == pytest.approx(norms, rel=1e-4)
+    next(model.parameters()).grad.fill_(math.nan)
+    optimizer.step()
+    assert monitor.snapshot()["clip_rate"] == 5 / 40
+
+
+def test_a_step_that_a_scaler_skips_is_not_clipped():
+    model, scaler = small(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gk.flow.watch(model, scaler=scaler, clip=1e-6)
+    for factor in (1.0, math.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        (scaler.scale(model(torch.randn(6, 2, 3)).square().sum()) * factor).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        scaler.step(optimizer)
+        scaler.update()
+    monitor.flush()
+    assert monitor._clips == [3, 3] and monitor.history[-1].grad_norm == pytest.approx(norm)
 
 
 def test_details_are_rare():
@@ -416,6 +459,52 @@ def test_snapshot_in_full():
     assert got["clip_rate"] is None and got["nonfinite"] is None
 
 
+def test_summary_and_repr():
+    block = gk.nn.ResidualBlock(nn.Linear(4, 4), 4, dropout=0.0)
+    model = nn.Sequential(Small(gk.nn.LSTM(3, 4), 4, 4), block)
+    monitor = gk.flow.watch(model)
+    assert monitor.summary().splitlines() == [
+        "Sequential, 0 steps",
+        "  0.rnn.l0: nothing measured yet",
+        "  1: nothing measured yet",
+    ]
+    assert repr(monitor) == "<Monitor of Sequential: step 0, 1 layers, 1 blocks>"
+    train(model, 2)
+    title, layer, residual, *_ = monitor.summary().splitlines()
+    assert title == "Sequential, 2 steps" and "memory horizon 5 of 5 steps" in layer
+    assert re.fullmatch(r".*; \d\.\d{3} decades (lost|gained) a step \(r2 \d\.\d\d\)", layer)
+    found = monitor.history[-1].blocks["1"]
+    assert residual == (
+        f"  1: gradient 1e{found.exit:.1f} at the exit, 1e{found.entrance:.1f} at the entrance; "
+        f"{found.residual_share:.0%} of it came past the sublayers"
+    )
+    monitor.close()
+    assert repr(monitor).endswith("closed>")
+
+
+@pytest.mark.parametrize(
+    ("log10", "text"),
+    [
+        ([-math.inf, -1.0, 0.0], "0 at the first time step, 1e0.0 at the last"),
+        ([0.0, math.nan, math.nan], "1e0.0 at the first time step, not finite at the last"),
+        ([math.inf, 0.0, 0.0], "not finite at the first time step"),
+        ([0.0, 0.201, 0.402], "; 0.201 decades lost a step"),
+        ([0.402, 0.201, 0.0], "; 0.201 decades gained a step"),
+        ([1e-5, 0.0, 2e-5], "; steady"),
+    ],
+    ids=("zero", "nan", "infinite", "lost", "gained", "steady"),
+)
+def test_summary_in_words(log10, text):
+    layer = gk.nn.GRU(3, 4)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(3, 2, 3))[0].sum().backward()
+    monitor.step()
+    (record,) = monitor.history
+    flow = record.layers["GRU.l0"]
+    flow.signals["h"], flow.decay = np.array(log10), decays(np.array([log10])[:, ::-1])[0]
+    assert text in monitor.summary()
+
+
 # ---------------------------------------------------------------- wrong use
 
 
@@ -438,6 +527,35 @@ def test_watching_twice():
         (lambda: gk.flow.watch(small(), every=0), ValueError, "every must be a positive integer, got 0"),
         (lambda: gk.flow.watch(small(), keep=1), ValueError, "keep must be"),
         (lambda: gk.flow.watch(small(), raise_on=("vanished",)), ValueError, "unknown kind of alert 'vanished'"),
+        (lambda: gk.flow.watch(small(), raise_on=("dead", ["dead"])), ValueError, "unknown kind of alert .'dead'. in"),
+        (
+            lambda: gk.flow.watch(small(), raise_on="dead"),
+            TypeError,
+            r"of kinds of alerts, \('dead',\), got the text 'dead'",
+        ),
+        (lambda: gk.flow.watch(small(), raise_on=3), TypeError, "raise_on must be a collection .* got int"),
+        (lambda: gk.flow.watch(small(), clip="1"), TypeError, "clip must be a number, .* got str"),
+        (lambda: gk.flow.watch(small(), clip=True), TypeError, "clip must be a number, .* got bool"),
+        (lambda: gk.flow.watch(small(), clip=0.0), ValueError, "clip must be larger than 0, got 0.0"),
+        (lambda: gk.flow.watch(small(), clip=math.nan), ValueError, "clip must be larger than 0, got nan"),
+        (
+            lambda: gk.flow.watch(small(), thresholds={"dead": 1}),
+            TypeError,
+            "thresholds must be gk.flow.Thresholds, got dict",
+        ),
+        (
+            lambda: gk.flow.watch(small(), on_alert=[]),
+            TypeError,
+            "on_alert must be a function of an alert, or None, got list",
+        ),
+        (lambda: gk.flow.watch(small(), log=3), TypeError, "log must be a function of a record, or several, got int"),
+        (lambda: gk.flow.watch(small(), log=[print, "a.jsonl"]), TypeError, "got str among them"),
+        (
+            lambda: gk.flow.watch(small(), scaler=1024.0),
+            TypeError,
+            "scaler must be a torch.amp.GradScaler, .* got float",
+        ),
+        (lambda: gk.flow.watch(small().requires_grad_(False)), ValueError, "no parameter of Small requires a gradient"),
         (lambda: gk.flow.watch(nn.Linear(2, 2), spectra=1), ValueError, "Linear has none"),
         (
             lambda: gk.flow.watch(small()).log10_norms(),
@@ -446,11 +564,56 @@ def test_watching_twice():
         ),
         (lambda: gk.flow.watch(small()).horizon("rnn.l7"), KeyError, "no layer 'rnn.l7' is watched; there are rnn.l0"),
     ],
-    ids=("no-parameters", "no-module", "every", "keep", "raise_on", "spectra", "no-backward", "no-layer"),
 )
 def test_wrong_use(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_states_that_a_layer_has_not():
+    model = nn.ModuleList([gk.nn.LSTM(3, 4), nn.GRU(4, 4)])
+    monitor = gk.flow.watch(model)
+    model[1](model[0](torch.randn(6, 2, 3))[0])[0].sum().backward()
+    assert torch.equal(monitor.log10_norms("0.l0", -1), monitor.log10_norms("0.l0", 1))
+    with pytest.raises(IndexError, match="0.l0 has 2 states, 0: h, 1: c; got state 7"):
+        monitor.log10_norms(state=7)
+    with pytest.raises(IndexError, match="1 has one state, 0: x; got state 1"):
+        monitor.log10_norms("1", 1)
+
+
+class Loop(nn.Module):
+    """A cell of a single step in a loop of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = gk.nn.LSTMCell(3, 4)
+
+    def forward(self, x):
+        state = None
+        for row in x:
+            state = self.cell(row, state)
+        return state[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "watched"),
+    [
+        (lambda: nn.Linear(3, 4), "Linear has none; what is watched are the parameters"),
+        (lambda: Loop(), "Loop has none; what is watched are the parameters. Cells of a single step .LSTMCell"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 4), gk.nn.ResidualBlock(nn.Linear(4, 4), 4)),
+            "Sequential has none; what is watched are the blocks 1 and the parameters",
+        ),
+    ],
+    ids=("linear", "cell", "block"),
+)
+def test_no_recurrent_layer_is_said(make, watched):
+    model = make()
+    monitor = gk.flow.watch(model)
+    train(model, 2)
+    for call in (monitor.horizon, monitor.log10_norms):
+        with pytest.raises(RuntimeError, match=f"no recurrent layer is watched: {watched}"):
+            call()
 
 
 def test_backward_never_called_is_said_once():

@@ -1,6 +1,7 @@
 """Alerts: what is pointed out, where, how often, and that nothing is where all is well."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -148,6 +149,20 @@ def test_steps_that_a_scaler_skips_are_its_own_affair():
     assert ("nonfinite", "rnn.l0") in kinds(monitor)
 
 
+@pytest.mark.parametrize("factor", (math.inf, -math.inf, math.nan))
+def test_a_step_that_is_skipped_gives_no_warnings_of_numpy(factor):
+    model = nn.Sequential(gk.nn.AttentionBlock(4, 1, dropout=0.0), Small(gk.nn.RNN(4, 4), 4, 1))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0), torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gk.flow.watch(model, scaler=scaler, clip=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (scaler.scale(model(torch.randn(5, 2, 4)).sum()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        monitor.flush()
+        assert "not finite" in monitor.summary() and monitor.snapshot()["steps"] == [1]
+
+
 def test_well_behaved_training_says_nothing():
     model = Small(gk.init.chrono_(gk.nn.LSTM(3, 16), 10), 16)
     monitor = gk.flow.watch(model)
@@ -182,6 +197,25 @@ def test_raised_on_request():
     monitor.step()
     with pytest.raises(gk.flow.FlowError, match="Vanishing: RNN.l0"):
         monitor.flush()
+
+
+def test_a_callback_that_raises_ends_no_training():
+    """What was asked for as an exception still is one."""
+    told = []
+
+    class Callback:
+        def __call__(self, alert):
+            told.append(alert)
+            raise ZeroDivisionError
+
+    layer = gk.nn.RNN(4, 16)
+    monitor = last_step(layer, on_alert=Callback(), raise_on={"vanishing"})
+    monitor.step()
+    with pytest.warns(gk.flow.FlowWarning) as said, pytest.raises(gk.flow.FlowError, match="Vanishing: RNN.l0"):
+        monitor.flush()
+    first, second = [str(w.message) for w in said]
+    assert re.fullmatch(".*Callback failed at step 1, ZeroDivisionError; alerts are warnings from here on", first)
+    assert second == str(told[0]) and len(told) == 1
 
 
 def test_thresholds():

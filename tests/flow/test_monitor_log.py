@@ -53,6 +53,29 @@ def test_dict_log():
     assert all("flow/rnn.l0/horizon" in values for _, values in seen)
 
 
+def test_one_sink_need_be_no_list():
+    seen = []
+    trained(3, log=seen.append).close()
+    assert [record.step for record in seen] == [1, 2, 3]
+
+
+def test_a_sink_that_raises_is_warned_of_once_and_dropped():
+    seen, asked = [], []
+
+    def broken(record):
+        asked.append(record.step)
+        raise OSError("no space left on device")
+
+    monitor = trained(3, log=[broken, seen.append])
+    with pytest.warns(gk.flow.FlowWarning) as said:
+        monitor.flush()
+    (warning,) = [str(w.message) for w in said]
+    assert re.fullmatch(
+        ".*broken failed at step 1, OSError: no space left on device; this sink gets no more records", warning
+    )
+    assert asked == [1] and [record.step for record in seen] == [1, 2, 3] and monitor.log == [seen.append]
+
+
 def test_json_lines(tmp_path):
     log = gk.flow.JsonlLog(tmp_path / "flow.jsonl", every=10)
     monitor = trained(40, log=[log])
