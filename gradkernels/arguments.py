@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
@@ -17,6 +18,12 @@ INITS: dict[str, Callable[[nn.Module, int], object]] = {
     "forget": lambda module, length: gk.init.forget_bias_(module, 3.0),
     "chrono": lambda module, length: gk.init.chrono_(module, max(2, length)),
 }
+
+
+def nowhere(**files: str | None) -> str | None:
+    """Which of these options names a file in a folder that is not there, before the work that would fill it; None if none does."""
+    lost = ((option, Path(file).parent) for option, file in files.items() if file and not Path(file).parent.is_dir())
+    return next((f"--{option}: there is no folder {folder}" for option, folder in lost), None)
 
 
 def positive(text: str) -> int:

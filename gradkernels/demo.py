@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import gradkernels as gk
 from gradkernels import backends
-from gradkernels.arguments import positive
+from gradkernels.arguments import nowhere, positive
 from gradkernels.progress import Progress
 from gradkernels.tasks import CharacterModel, Trainer, characters
 from gradkernels.tasks.trainer import evaluate
@@ -295,10 +295,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
-    for option, file in (("--html", args.html), ("--plot", args.plot)):
-        if file and not Path(file).parent.is_dir():
-            print(f"{option}: there is no folder {Path(file).parent}", file=sys.stderr)
-            return 2
+    if lost := nowhere(html=args.html, plot=args.plot):
+        print(lost, file=sys.stderr)
+        return 2
     out = sys.stderr if args.json else sys.stdout
     print(
         f"Two {args.cell.upper()} layers of {args.hidden} units on the standard library's sources, {args.batch} x "

@@ -178,10 +178,10 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
         clip: the ``max_norm`` at which you clip gradients: the norm of all of them together is then measured at every recorded step, after the
             update, and ``snapshot()["clip_rate"]`` is the share of these steps at which it was as large.
         thresholds: :class:`Thresholds` of alerts.
-        on_alert: called with every new :class:`Alert`; None warns, once a kind and layer. A callback, or a sink of `log`, that raises ends no
-            training: it is warned of, and called no more.
+        on_alert: called with every new :class:`Alert`; None warns, once a kind and layer. What it raises is raised.
         raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
         log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one; one or several.
+            A sink that raises ends no training: it is warned of, and called no more.
         group: process group whose ranks average their gradients; found in a model wrapped by DDP or FSDP before.
 
     Returns:

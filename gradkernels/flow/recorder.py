@@ -272,10 +272,9 @@ class Recorder:
                     self.log.remove(sink)
                     warnings.warn(f"{error}; this sink gets no more records", FlowWarning, stacklevel=2)
             for alert in fresh:
-                if self.on_alert is not None and (error := failed(self.on_alert, alert)) is not None:
-                    self.on_alert = None
-                    warnings.warn(f"{error}; alerts are warnings from here on", FlowWarning, stacklevel=2)
-                if self.on_alert is None:
+                if self.on_alert is not None:
+                    self.on_alert(alert)
+                else:
                     warnings.warn(str(alert), FlowWarning, stacklevel=2)
         for _, fresh in untold:
             for alert in fresh:
@@ -368,14 +367,14 @@ def sinks(log: Any) -> list[Callable[[Record], object]]:
     return found
 
 
-def failed(call: Callable[[Any], object], what: Record | Alert) -> str | None:
-    """Tell a sink or a callback; what went wrong, if anything did, which is no reason to end a training."""
+def failed(sink: Callable[[Record], object], record: Record) -> str | None:
+    """Tell a sink; what went wrong, if anything did: a full disk is no reason to end a training."""
     try:
-        call(what)
-    except Exception as error:
-        name = getattr(call, "__qualname__", type(call).__qualname__)
+        sink(record)
+    except Exception as error:  # noqa: BLE001 - whatever a sink raises
+        name = getattr(sink, "__qualname__", type(sink).__qualname__)
         said = f": {error}" if str(error) else ""
-        return f"{name} failed at step {what.step}, {type(error).__name__}{said}"
+        return f"{name} failed at step {record.step}, {type(error).__name__}{said}"
     return None
 
 

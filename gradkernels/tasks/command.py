@@ -9,7 +9,7 @@ import sys
 import torch
 
 import gradkernels as gk
-from gradkernels.arguments import INITS, positive
+from gradkernels.arguments import INITS, nowhere, positive
 from gradkernels.progress import Progress
 from gradkernels.tasks import generators
 from gradkernels.tasks.generators import Task
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; torchrun makes several processes of it, of which the first one speaks."""
+    if lost := nowhere(html=args.html):
+        print(lost, file=sys.stderr)
+        return 2
     try:
         task: Task = TASKS[args.task](args)
         torch.manual_seed(args.seed)

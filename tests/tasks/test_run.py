@@ -124,3 +124,8 @@ def test_two_processes():
     (line,) = done.stdout.strip().splitlines()
     found = json.loads(line)
     assert found["task"] == "adding" and found["steps"] == 30 and found["horizon"] is not None
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_training(capsys):
+    assert main(["tasks", "copy", "--steps", "1000000", "--html", "/no/such/folder/x.html"]) == 2
+    assert capsys.readouterr().err == "--html: there is no folder /no/such/folder\n"
