@@ -202,7 +202,8 @@ def test_what_a_callback_raises_is_raised():
     def refuse(alert):
         raise ZeroDivisionError
 
-    monitor = last_step(gk.nn.RNN(4, 16), on_alert=refuse)
+    layer = gk.nn.RNN(4, 16)
+    monitor = last_step(layer, on_alert=refuse)
     monitor.step()
     with pytest.raises(ZeroDivisionError):
         monitor.flush()
