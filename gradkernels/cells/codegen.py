@@ -90,8 +90,13 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
     };
     <BLANKLINE>
     """
-    with _PARSING:
-        module = ast.parse(cell.source)
+    with _PARSING:  # the rounds of a function are parsed, too
+        return "\n".join([*_members(cell, qualifiers), "};\n"])
+
+
+def _members(cell: Cell, qualifiers: str) -> list[str]:
+    """The lines of the struct but its end."""
+    module = ast.parse(cell.source)
     functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
     flag = lambda value: "true" if value else "false"
     lines = [
@@ -125,7 +130,7 @@ def struct(cell: Cell, qualifiers: str = "static inline") -> str:
         for k, body in enumerate(parts.of_row):
             if body:
                 lines += _function(name, [f"Row<{k}>"], body, {"mean": "V *{}"}, qualifiers)
-    return "\n".join([*lines, "};\n"])
+    return lines
 
 
 def device_struct(cell: Cell) -> str:
