@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -22,6 +21,7 @@ from gradkernels.flow.measure import Step, records
 from gradkernels.flow.points import DETAILS, NORMS, OFF, Sequence, points
 from gradkernels.flow.ranks import group_of, reduce
 from gradkernels.flow.weights import Weights, groups
+from gradkernels.notices import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -216,7 +216,7 @@ class Recorder:
         self._heard |= bool(found) or not self._points
         self._silent += not self._heard
         if self._silent == 3 and not self._heard:
-            warnings.warn(NOTHING, FlowWarning, stacklevel=4)
+            warn(NOTHING, FlowWarning)
         if found or step.parameters or step.total is not None or self.group is not None:
             self._pending.append(step)
 
@@ -270,12 +270,12 @@ class Recorder:
             for sink in list(self.log):
                 if (error := failed(sink, record)) is not None:
                     self.log.remove(sink)
-                    warnings.warn(f"{error}; this sink gets no more records", FlowWarning, stacklevel=2)
+                    warn(f"{error}; this sink gets no more records", FlowWarning)
             for alert in fresh:
                 if self.on_alert is not None:
                     self.on_alert(alert)
                 else:
-                    warnings.warn(str(alert), FlowWarning, stacklevel=2)
+                    warn(str(alert), FlowWarning)
         for _, fresh in untold:
             for alert in fresh:
                 if alert.kind in self.raise_on:

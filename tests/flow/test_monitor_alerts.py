@@ -1,6 +1,7 @@
 """Alerts: what is pointed out, where, how often, and that nothing is where all is well."""
 
 import math
+import sys
 import warnings
 
 import pytest
@@ -188,6 +189,36 @@ def test_warned_by_default():
     layer = gk.nn.RNN(4, 16)
     with pytest.warns(gk.flow.FlowWarning, match="Vanishing: RNN.l0, step 1, time step"):
         last_step(layer).close()
+
+
+def here():
+    """This file, and the line of the caller."""
+    return __file__, sys._getframe(1).f_lineno
+
+
+def test_a_warning_is_at_the_users_line():
+    """That of optimizer.step(), beneath hooks of torch's, and that of flush(): not one of this package."""
+    layer = gk.nn.RNN(4, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    monitor = gk.flow.watch(layer)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):  # nothing is measured
+            optimizer.step(), (place := here())
+        assert [(w.filename, w.lineno) for w in said] == [place]
+        layer(torch.randn(40, 4, 4))[0][-1].sum().backward()
+        optimizer.step()
+        monitor.flush(), (place := here())
+    assert [(w.filename, w.lineno) for w in said[1:]] == [place] and "Vanishing" in str(said[1].message)
+
+
+def test_a_sink_that_fails_is_warned_of_at_the_users_line():
+    layer = gk.nn.RNN(4, 16)
+    monitor = last_step(layer, log=lambda record: 1 / 0, on_alert=lambda alert: None)
+    monitor.step()
+    with pytest.warns(gk.flow.FlowWarning, match="ZeroDivisionError") as said:
+        monitor.flush(), (place := here())
+    assert [(w.filename, w.lineno) for w in said] == [place]
 
 
 def test_raised_on_request():
