@@ -11,9 +11,10 @@ import functools
 import hashlib
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
+
+from gradkernels.notices import warn
 
 DIGEST = hashlib.sha256().digest_size
 
@@ -70,8 +71,7 @@ def store(name: str, content: bytes) -> None:
 
 @functools.cache
 def _not_kept(reason: str) -> None:
-    warnings.warn(
+    warn(
         f"compiled kernels cannot be kept on disk and are compiled again in every process: {reason}; "
-        "set GRADKERNELS_CACHE to a folder that can be written",
-        stacklevel=2,
+        "set GRADKERNELS_CACHE to a folder that can be written"
     )

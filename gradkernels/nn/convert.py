@@ -7,7 +7,6 @@ FSDP wrappers. Both sides have the same parameters and attributes; only torch's 
 from __future__ import annotations
 
 import sys
-import warnings
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from gradkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from gradkernels.nn.norm import LayerNorm
 from gradkernels.nn.recurrent import GRU, LSTM, RNN
 from gradkernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from gradkernels.notices import warn
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,
@@ -73,7 +73,7 @@ def convert(model: nn.Module, to: str = "gradkernels") -> nn.Module:
             module._init_flat_weights()
     if left:
         why = "subclasses of torch layers" if to == "gradkernels" else "layers without a twin in torch"
-        warnings.warn(f"convert left {why} as they are: {', '.join(left)}", stacklevel=2)
+        warn(f"convert left {why} as they are: {', '.join(left)}")
     return model
 
 

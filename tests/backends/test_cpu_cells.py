@@ -225,9 +225,10 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(cache, monkeypat
     compile._version.cache_clear()
     c = fresh("nowhere")
     with pytest.warns(
-        UserWarning, match="'nowhere' did not come compiled.*no-such-compiler.*\n.*reference, which is slow"
-    ):
+        UserWarning, match="cell 'nowhere' runs through the reference, which is slow: it did not.*no-such-compiler"
+    ) as said:
         assert choose(None, c, torch.float32, torch.device("cpu")) is reference
+    assert [w.filename for w in said] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(None, c, torch.float32, torch.device("cpu")) is reference
@@ -244,6 +245,19 @@ def test_what_a_compiler_says_is_said(cache, monkeypatch):
     with pytest.raises(toolchain.CompileError, match="error"):
         compile.entries(fresh("broken"), "float", "base")
     assert libraries(cache) == []
+
+
+def test_of_a_compiler_that_names_no_error_the_end_is_said(cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nfor k in $(seq 99); do echo note $k; done\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    compile._version.cache_clear()
+    with pytest.raises(toolchain.CompileError) as raised:
+        compile.entries(fresh("silent"), "float", "base")
+    compile._version.cache_clear()
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 20 and "note 99" in lines and lines[-1].startswith("ninja")
 
 
 def _build(queue, name):

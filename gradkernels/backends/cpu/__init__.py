@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import warnings
 from types import ModuleType
 
 import torch
@@ -20,6 +19,7 @@ from gradkernels.backends._extra import PLAIN, Extra
 from gradkernels.backends._heads import blocks, dense
 from gradkernels.cells import CELLS, Cell
 from gradkernels.cells.codegen import COMPILED
+from gradkernels.notices import warn
 
 from . import compile
 from .toolchain import CompileError
@@ -93,9 +93,9 @@ def _cell_why_not(cell: Cell, dtype: torch.dtype | None) -> str | None:
     try:
         entries(cell, dtype)
     except CompileError as e:
-        reason = f"cell {cell.name!r} did not come compiled, and cannot be compiled here: {e}"
-        warnings.warn(f"{reason}\nIt runs through the reference, which is slow.", stacklevel=2)
-        return reason
+        why = f"did not come compiled, and cannot be compiled here: {e}"
+        warn(f"cell {cell.name!r} runs through the reference, which is slow: it {why}")
+        return f"cell {cell.name!r} {why}"
     return None
 
 

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from gradkernels.backends import _cache as cache
 from gradkernels.cells import Cell
 from gradkernels.cells.codegen import struct, type_name
+from gradkernels.notices import warn
 
 from . import toolchain
 from .toolchain import CompileError
@@ -137,10 +137,9 @@ def _folder() -> Path:
 
 @functools.cache
 def _own_folder(reason: str) -> Path:
-    warnings.warn(
+    warn(
         f"compiled cells cannot be kept on disk and are compiled again in every process: {reason}; "
-        "set GRADKERNELS_CACHE to a folder that can be written",
-        stacklevel=2,
+        "set GRADKERNELS_CACHE to a folder that can be written"
     )
     _own_folder.held = held = tempfile.TemporaryDirectory(prefix="gradkernels-")  # type: ignore[attr-defined]
     return Path(held.name)

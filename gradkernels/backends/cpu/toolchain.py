@@ -26,6 +26,7 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
 }
 STORAGE = ("float", "double", "bfloat16", "half")
+LAST = 20  # lines that are told of a compiler which names no error
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -103,7 +104,8 @@ def build(folder: Path, lines: Iterable[str], quiet: bool = False) -> None:
     except OSError as error:
         raise CompileError(f"ninja does not run: {error}") from error
     if done.returncode and quiet:
-        errors = [line for line in done.stdout.splitlines() if "error" in line]
-        raise CompileError("\n".join(errors[:8]) or done.stdout[-2000:])
+        lines = done.stdout.splitlines()
+        errors = [line for line in lines if "error" in line]
+        raise CompileError("\n".join(errors[:8] or lines[-LAST:]))
     if done.returncode:
         raise CompileError("the compiler failed; its message is above (pip shows it with -v)")
