@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+# The last is the code that torch.fx makes.
+INSIDE = (*(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)), "<eval_with_key>")
 
 
 def warn(text: str, kind: type[Warning] = UserWarning) -> None:
@@ -17,5 +18,5 @@ def warn(text: str, kind: type[Warning] = UserWarning) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         frame = frame.f_back
-    module, registry = frame.f_globals.get("__name__"), frame.f_globals.setdefault("__warningregistry__", {})
+    module, registry = frame.f_globals.get("__name__", ""), frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(text, kind, frame.f_code.co_filename, frame.f_lineno, module, registry)

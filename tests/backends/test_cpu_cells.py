@@ -203,14 +203,16 @@ def libraries(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_compiled_once_and_kept(cache, monkeypatch):
-    assert cpu.why_not(fresh(), torch.float32, torch.device("cpu")) is None
+def test_compiled_once_and_kept(cache, monkeypatch, caplog):
+    assert cpu.why_not(fresh("kept"), torch.float32, torch.device("cpu")) is None
+    said = [(record.name.partition(".")[0], record.getMessage()) for record in caplog.records]
+    assert said == [("gradkernels", "compiling the kernels of cell 'kept' (float): some seconds, once")]
     (kept,) = libraries(cache)
     assert kept.endswith(".so")
     cpu.entries.cache_clear()
     monkeypatch.setattr(toolchain, "build", lambda *a, **k: pytest.fail("compiled again"))
-    cpu.entries(fresh(), torch.float32)
-    assert libraries(cache) == [kept]
+    cpu.entries(fresh("kept"), torch.float32)
+    assert libraries(cache) == [kept] and len(caplog.records) == 1
 
 
 def test_another_cell_or_compiler_is_another_library(cache, monkeypatch):

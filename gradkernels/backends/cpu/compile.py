@@ -1,13 +1,15 @@
 """Drivers for a cell that did not come with the package: compiled once, kept on disk, loaded by every later process.
 
 A cell is a struct of a few lines and the drivers are templates around it, so that there is one of its own for every cell, storage
-type and instruction set. What is kept is named by the hash of all it was made of: sources, flags and compiler.
+type and instruction set. What is kept is named by the hash of all it was made of: sources, flags and compiler. Whoever waits
+for a compilation is told so, by `logging`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ from gradkernels.notices import warn
 from . import toolchain
 from .toolchain import CompileError
 
+LOG = logging.getLogger(__name__)
 _LOADING = threading.Lock()
 
 
@@ -103,6 +106,7 @@ def _library(cell: Cell, storage: str, isa: str) -> Path:
 
 
 def _compile(cell: Cell, storage: str, flags: str, target: Path) -> None:
+    LOG.warning("compiling the kernels of cell %r (%s): some seconds, once", cell.name, storage)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.stem[:16]}-"))
     try:
         (folder / "user_cell.h").write_text(header(cell), encoding="utf-8")
