@@ -16,7 +16,7 @@ import numpy as np
 from gradkernels.flow.history import Flow, Layer, Record
 from gradkernels.flow.numbers import HORIZON, changes, from_the_end
 
-QUIET = 64  # records that a condition has to be gone for before it is pointed out again
+QUIET = 64  # records that a condition has to be gone for before it begins anew
 
 ADVICE: dict[str, Any] = {
     "vanishing": {
@@ -43,13 +43,39 @@ class FlowError(RuntimeError):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Beyond which a value is an alert."""
+    """Beyond which a value is an alert, as :func:`gradkernels.flow.watch` takes them.
 
-    vanishing: float = HORIZON  # ||dL/dh|| over that of the last step; over a block, entrance over exit
-    exploding: float = 1e3  # the same; of norms that are larger than 1, and than those of the layers above
-    saturated: float = 0.9  # share of an activation's values within 5 % of an end of its range, over all steps
-    dead: float = 0.1  # share of a layer's units that no gradient reaches
-    stalled: float = 1e-6  # ||new - old|| / ||old|| of a group that has a gradient
+    Every kind is pointed out at the first record that has it, but for a vanishing gradient, which is how layers begin: with torch's
+    initial weights nearly every one loses it over some ten steps, and where there is something to learn from afar gates open
+    in some ten to a hundred updates. It is an alert when it has been there for `patience` records, with no more than 64 without it in between;
+    1 is at once. What is no finite number is pointed out at once, but for steps that a GradScaler skips while its scale settles.
+
+    Args:
+        vanishing: ||dL/dh|| at the first time step over that at the last, or the other way round in reverse; over a block, entrance over exit.
+        exploding: the same where it is largest; of norms that are larger than 1, and ten times as large as those of the layers above.
+        saturated: share of an activation's values within 5 % of an end of its range, over all time steps.
+        dead: share of a layer's units that no gradient reaches.
+        stalled: ||new - old|| / ||old|| of a group of parameters that has a gradient.
+        patience: records, not all of them in a row, before a vanishing gradient is an alert.
+
+    Raises:
+        ValueError: vanishing, saturated or dead is not in (0, 1], exploding not larger than 1, patience no positive integer.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = gk.nn.RNN(3, 8)
+        >>> monitor = gk.flow.watch(model, thresholds=gk.flow.Thresholds(vanishing=1e-6, patience=1))
+        >>> model(torch.randn(100, 2, 3))[0][-1].sum().backward()
+        >>> [(alert.kind, alert.threshold) for alert in monitor.alerts]
+        [('vanishing', 1e-06)]
+    """
+
+    vanishing: float = HORIZON
+    exploding: float = 1e3
+    saturated: float = 0.9
+    dead: float = 0.1
+    stalled: float = 1e-6
+    patience: int = 100
 
     def __post_init__(self) -> None:
         for name in ("vanishing", "saturated", "dead"):
@@ -57,6 +83,8 @@ class Thresholds:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.exploding <= 1:
             raise ValueError(f"exploding must be larger than 1, got {self.exploding}")
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ValueError(f"patience must be a positive integer, got {self.patience!r}")
 
 
 @dataclass(frozen=True)
@@ -222,32 +250,35 @@ def _saturated(share: Any, what: str) -> tuple[int, str]:
 
 
 class Alerts:
-    """Those of a run: each kind and layer once, and again when it had been gone for a while."""
+    """Those of a run: each kind and layer once, and again when it had been gone for a while.
 
-    def __init__(self, most: int = 1000, patience: int = 0) -> None:
+    `skips`: records that are not finite, one after the other, before it is an alert.
+    """
+
+    def __init__(self, most: int = 1000, skips: int = 0) -> None:
         self.found: list[Alert] = []
-        self.most, self.patience = (
-            most,
-            patience,
-        )  # records that are not finite, one after the other, before it is an alert
+        self.most, self.skips = most, skips
         self._broken = 0
-        self._seen: dict[tuple[str, str], int] = {}  # the last record with it
+        self._seen: dict[tuple[str, str], tuple[int, int]] = {}  # the last record with it, and how many there were
 
     def look(self, record: Record, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True) -> list[Alert]:
         """What this record has and the ones before had not; `keep`: remember it."""
-        fresh: dict[tuple[str, str], Alert] = {}
         broken = self._broken + 1 if any(flow.broken for flow in record.layers.values()) else 0
         if keep:
             self._broken = broken
-        if 0 < broken <= self.patience:
+        if 0 < broken <= self.skips:
             return []
+        fresh: list[Alert] = []
+        first: dict[tuple[str, str], Candidate] = {}
         for found in candidates(record, layers, thresholds):
-            key = found.kind, found.layer
-            last = self._seen.get(key)
-            if key not in fresh and (last is None or record.index - last > QUIET):
-                fresh[key] = written(found, record, layers)
+            first.setdefault((found.kind, found.layer), found)
+        for key, found in first.items():
+            last, count = self._seen.get(key, (record.index, 0))
+            count = count + 1 if record.index - last <= QUIET else 1
+            if count == (thresholds.patience if found.kind == "vanishing" else 1):
+                fresh.append(written(found, record, layers))
             if keep:
-                self._seen[key] = record.index
+                self._seen[key] = record.index, count
         if keep:
-            self.found += [*fresh.values()][: max(0, self.most - len(self.found))]
-        return [*fresh.values()]
+            self.found += fresh[: max(0, self.most - len(self.found))]
+        return fresh

@@ -177,7 +177,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
         spectra: at one step in so many take :func:`gradkernels.flow.spectrum` of the recurrent layers.
         clip: the ``max_norm`` at which you clip gradients: the norm of all of them together is then measured at every recorded step, after the
             update, and ``snapshot()["clip_rate"]`` is the share of these steps at which it was as large.
-        thresholds: :class:`Thresholds` of alerts.
+        thresholds: :class:`Thresholds` of alerts, and for how many records a gradient has to vanish before it is one.
         on_alert: called with every new :class:`Alert`; None warns, once a kind and layer. What it raises is raised.
         raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
         log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one; one or several.

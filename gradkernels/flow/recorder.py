@@ -99,7 +99,7 @@ class Recorder:
         }
         if spectra is not None and not self.layers:
             raise ValueError(f"spectra are those of recurrent layers, and {self.name} has none")
-        self._history, self._alerts = History(keep), Alerts(patience=0 if scaler is None else SKIPS)
+        self._history, self._alerts = History(keep), Alerts(skips=0 if scaler is None else SKIPS)
         self._pending: list[Step] = []
         self._captured: dict[Any, Tensor] = {}  # where a CUDA graph leaves what it measures
         self._untold: list[tuple[Record, list[Alert]]] = []

@@ -11,10 +11,12 @@ from torch import nn
 import gradkernels as gk
 from tests.flow.monitored import Small
 
+AT_ONCE = gk.flow.Thresholds(patience=1)
 
-def last_step(layer, T=40, factor=1.0, **options):
+
+def last_step(layer, T=40, factor=1.0, thresholds=AT_ONCE, **options):
     """A monitor after one backward from the last step alone."""
-    monitor = gk.flow.watch(layer, **options)
+    monitor = gk.flow.watch(layer, thresholds=thresholds, **options)
     (layer(torch.randn(T, 4, layer.input_size))[0][-1].square().sum() * factor).backward()
     return monitor
 
@@ -46,7 +48,7 @@ def test_vanishing(cell):
 
 def test_vanishing_in_the_reverse_direction():
     layer = gk.nn.RNN(4, 16, bidirectional=True)
-    monitor = gk.flow.watch(layer)
+    monitor = gk.flow.watch(layer, thresholds=AT_ONCE)
     layer(torch.randn(40, 4, 4))[0][0, :, 16:].sum().backward()  # the reverse direction ends at the first step
     (alert,) = [a for a in monitor.alerts if a.kind == "vanishing"]
     log10 = monitor.log10_norms("RNN.l0_reverse")
@@ -178,11 +180,44 @@ def test_said_once_and_to_whom():
     layer = gk.nn.RNN(4, 16)
     told = []
     monitor = gk.flow.watch(layer, on_alert=told.append)
-    for _ in range(200):
+    for _ in range(300):
         layer(torch.randn(40, 4, 4))[0][-1].sum().backward()
         monitor.step()
     monitor.flush()
-    assert [a.kind for a in told] == ["vanishing"] and told == monitor.alerts
+    assert [(a.kind, a.step) for a in told] == [("vanishing", 100)] and told == monitor.alerts
+
+
+@pytest.mark.parametrize(
+    ("course", "at"),
+    [
+        ([(9, 40), (60, 2), (9, 40)], [70]),  # the tenth
+        ([(9, 40), (64, 2), (9, 40)], []),  # it had gone
+        ([(9, 40), (64, 2), (10, 40)], [83]),
+        ([(12, 40), (63, 2), (90, 40)], [10]),  # the same still
+        ([(12, 40), (64, 2), (20, 40)], [10, 86]),
+        ([(6, 40), (1, 2)] * 9, [11]),
+    ],
+    ids=str,
+)
+def test_a_vanishing_gradient_has_to_stay(course, at):
+    """So many steps with sequences so long: over two of them nothing vanishes."""
+    layer = gk.nn.RNN(4, 16)
+    monitor = gk.flow.watch(layer, thresholds=gk.flow.Thresholds(patience=10))
+    for steps, T in course:
+        for _ in range(steps):
+            layer(torch.randn(T, 1, 4))[0][-1].sum().backward()
+            monitor.step()
+    monitor.flush()
+    assert [a.step for a in monitor.alerts if a.kind == "vanishing"] == at
+
+
+def test_the_step_under_way_may_be_the_one_too_many():
+    layer = gk.nn.RNN(4, 16)
+    monitor = gk.flow.watch(layer, thresholds=gk.flow.Thresholds(patience=2))
+    for found in ([], ["vanishing"]):
+        layer(torch.randn(40, 4, 4))[0][-1].sum().backward()
+        assert [a.kind for a in monitor.alerts] == found == [a.kind for a in monitor.alerts]
+        monitor.step()
 
 
 def test_warned_by_default():
@@ -200,7 +235,7 @@ def test_a_warning_is_at_the_users_line():
     """That of optimizer.step(), beneath hooks of torch's, and that of flush(): not one of this package."""
     layer = gk.nn.RNN(4, 16)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    monitor = gk.flow.watch(layer)
+    monitor = gk.flow.watch(layer, thresholds=AT_ONCE)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):  # nothing is measured
@@ -242,15 +277,17 @@ def test_what_a_callback_raises_is_raised():
 
 def test_thresholds():
     layer = gk.nn.RNN(4, 16)
-    never = gk.flow.Thresholds(vanishing=1e-300)
+    never = gk.flow.Thresholds(vanishing=1e-300, patience=1)
     assert last_step(layer, thresholds=never).alerts == []
     again = gk.nn.RNN(4, 16)
-    monitor = last_step(again, T=3, thresholds=gk.flow.Thresholds(vanishing=0.99))
+    monitor = last_step(again, T=3, thresholds=gk.flow.Thresholds(vanishing=0.99, patience=1))
     assert kinds(monitor) == [("vanishing", "RNN.l0")] and monitor.alerts[0].threshold == 0.99
     with pytest.raises(ValueError, match="vanishing must be between 0 and 1, got 2"):
         gk.flow.Thresholds(vanishing=2)
     with pytest.raises(ValueError, match="exploding must be larger than 1, got 0.5"):
         gk.flow.Thresholds(exploding=0.5)
+    with pytest.raises(ValueError, match="patience must be a positive integer, got 0"):
+        gk.flow.Thresholds(patience=0)
 
 
 def test_blocks():
@@ -258,7 +295,7 @@ def test_blocks():
     block = gk.nn.ResidualBlock(shrink, 4, dropout=0.0, norm="post")
     with torch.no_grad():
         block.weight *= 1e-5
-    monitor = gk.flow.watch(block)
+    monitor = gk.flow.watch(block, thresholds=AT_ONCE)
     block(torch.randn(3, 4)).sum(1).square().sum().backward()
     (alert,) = monitor.alerts
     assert (alert.kind, alert.layer, alert.time_step, alert.direction) == ("vanishing", "ResidualBlock", None, None)
