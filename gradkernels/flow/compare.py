@@ -173,11 +173,12 @@ def compare(
     Args:
         models: by name, modules, or functions without arguments that make one, called anew for every seed. A module gets
             [T, B, I], or [B, T, I] if it says `batch_first`, and returns outputs per step, or one per row, or a tuple that begins with
-            them. None: `experiments.ARCHITECTURES`, 32 inputs and 64 units wide.
+            them. One that begins with an Embedding gets symbols [T, B], all of them equally likely, and x_t is what the embedding makes
+            of them. None: `experiments.ARCHITECTURES`, 32 inputs and 64 units wide.
         lengths: of the sequences.
-        input_size: I; None asks the module, or its first recurrent layer, for its `input_size`.
+        input_size: I; None asks the module, or its first recurrent layer, for its `input_size`. Given, every model gets vectors.
         batch, seeds: rows of a batch, and repetitions.
-        scale: standard deviation of the inputs.
+        scale: standard deviation of inputs that are vectors.
         signal: what tables and figures show first: "x", or "h" where all models are recurrent.
         title: of tables and figures.
 
@@ -235,19 +236,22 @@ def _measure(
         model = copy.deepcopy(model)
         # in evaluation nothing is dropped, and every parameter takes part
         model = convert(model.cpu().double()).eval().requires_grad_()
-        width = input_size or _width(name, model)
-        x = (scale * torch.randn(length, batch, width, dtype=torch.double)).requires_grad_()
+        inputs, x = _inputs(name, model, length, batch, input_size, scale)
         layer = next((m for m in model.modules() if isinstance(m, RNNBase)), None)
         names: list[str] = []
         if layer is not None:
             S = next(parts(layer)).cell.S
             names = ["h", "c", *(f"s{k}" for k in range(2, S))][:S]
-            layer.probes = [x.new_zeros(length, S + 1).requires_grad_() for _ in layer.all_weights]
+            probe = lambda: torch.zeros(length, S + 1, dtype=torch.double, requires_grad=True)
+            layer.probes = [probe() for _ in layer.all_weights]
         with torch.enable_grad():
-            y = _last(name, model(x.transpose(0, 1) if getattr(model, "batch_first", False) else x), model)
+            y = _last(name, model(inputs), model)
         v = torch.randn(y.shape, dtype=y.dtype)
         y.backward(v / torch.linalg.vector_norm(v, dim=-1, keepdim=True))
-    found = {"x": (torch.zeros_like(x) if x.grad is None else x.grad).square().sum(-1).mean(-1)}
+    if not x:
+        raise TypeError(f"{name}: {type(model).__name__} begins with an Embedding and does not call it")
+    dx = torch.zeros_like(x[0]) if x[0].grad is None else x[0].grad
+    found = {"x": dx.square().sum(-1).mean(0 if _batch_first(model) else 1)}
     measured = None if layer is None or layer.probes is None else layer.probes[0].grad
     if measured is not None and measured[:, -1].all():  # a layer may take fewer steps than there are
         found |= {signal: measured[:, k] / batch for k, signal in enumerate(names)}
@@ -256,10 +260,38 @@ def _measure(
     return norms, float(log10_norm(torch.stack(weights).sum().numpy())) if weights else -math.inf
 
 
+def _inputs(
+    name: str, model: nn.Module, length: int, batch: int, width: int | None, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """What a model is called with, in its own order of dimensions, and where x is found after the call."""
+    first = next((m for m in model.modules() if _has_width(m) or (not [*m.children()] and [*m.parameters()])), None)
+    x: list[Tensor] = []
+    if width is None and isinstance(first, nn.Embedding):
+        inputs = torch.randint(first.num_embeddings, (length, batch))
+
+        def read(module: nn.Module, args: Any, y: Tensor) -> None:
+            y.retain_grad()
+            x.append(y)
+
+        first.register_forward_hook(read)
+    else:
+        inputs = scale * torch.randn(length, batch, width or _width(name, model), dtype=torch.double)
+    inputs = inputs.transpose(0, 1) if _batch_first(model) else inputs
+    return inputs, x if inputs.dtype == torch.long else [inputs.requires_grad_()]
+
+
+def _batch_first(model: nn.Module) -> bool:
+    return bool(getattr(model, "batch_first", False))
+
+
+def _has_width(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "input_size", None), int)
+
+
 def _width(name: str, model: nn.Module) -> int:
     """The number of inputs."""
     for module in model.modules():
-        if isinstance(getattr(module, "input_size", None), int):
+        if _has_width(module):
             return module.input_size
     raise ValueError(f"{name}: {type(model).__name__} has no input_size; give it to compare")
 
@@ -270,7 +302,7 @@ def _last(name: str, y: Any, model: nn.Module) -> Tensor:
     if not isinstance(y, Tensor) or y.dim() not in (2, 3):
         what = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"{name}: {type(model).__name__} must return outputs [T, B, O] or [B, O], got {what}")
-    return y if y.dim() == 2 else y[:, -1] if getattr(model, "batch_first", False) else y[-1]
+    return y if y.dim() == 2 else y[:, -1] if _batch_first(model) else y[-1]
 
 
 def _power(log10: float) -> str:

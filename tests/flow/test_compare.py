@@ -123,6 +123,58 @@ def test_models_of_other_shapes():
     assert found.models == ["sum", "tokens"] and found.horizons() == {m: found.horizon(m) for m in found.models}
 
 
+class Characters(nn.Module):
+    """Symbols to logits, with an embedding in front of the layer."""
+
+    def __init__(self, batch_first=False):
+        super().__init__()
+        self.batch_first = batch_first
+        self.embedding = nn.Embedding(11, 3)
+        self.rnn = nn.GRU(3, 5, batch_first=batch_first)
+        self.head = nn.Linear(5, 11)
+
+    def forward(self, symbols):
+        assert symbols.dtype == torch.long
+        return self.head(self.rnn(self.embedding(symbols))[0])
+
+
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_of_symbols_x_is_what_the_embedding_makes_of_them(batch_first):
+    found = gk.flow.compare({"it": lambda: Characters(batch_first)}, (9,), batch=4, seeds=1)
+    torch.manual_seed(0)
+    model = Characters(batch_first).double()
+    symbols = torch.randint(11, (9, 4))
+    model.embedding.register_forward_hook(lambda module, args, y: (model.__dict__.update(x=y), y.retain_grad())[1])
+    y = model(symbols.t() if batch_first else symbols)
+    y = y[:, -1] if batch_first else y[-1]
+    v = torch.randn(y.shape, dtype=y.dtype)
+    y.backward(v / v.norm(dim=-1, keepdim=True))
+    wanted = 0.5 * model.x.grad.square().sum(-1).mean(0 if batch_first else 1).log10()
+    assert np.allclose(found.curve("it").log10, wanted, atol=1e-6) and len(wanted) == 9
+    assert {c.signal for c in found.curves} == {"x", "h"}
+    total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().log10()  # the embedding's are among them
+    assert found.parameters["it", 9] == pytest.approx(total.item(), abs=1e-6)
+
+
+def test_an_embedding_that_is_not_what_reads_the_input():
+    class Positions(nn.Module):
+        """Vectors and, registered before anything else, an embedding of the steps."""
+
+        def __init__(self):
+            super().__init__()
+            self.positions, self.rnn = nn.Embedding(50, 3), nn.RNN(3, 5)
+
+        def forward(self, x):
+            return self.rnn(x + self.positions(torch.arange(len(x)))[:, None])[0]
+
+    vectors = gk.flow.compare({"it": Positions(), "other": nn.RNN(3, 5)}, (6,), input_size=3, seeds=1)
+    assert np.isfinite(vectors.curve("it").log10).all()
+    idle = nn.Sequential(nn.Embedding(50, 3), nn.RNN(3, 5))
+    idle.forward = lambda symbols: idle[1](idle[0].weight[symbols])
+    with pytest.raises(TypeError, match="it: Sequential begins with an Embedding and does not call it"):
+        gk.flow.compare({"it": idle}, (6,))
+
+
 def test_as_json_and_table(tmp_path):
     with torch.no_grad():
         dead = nn.RNN(3, 5, nonlinearity="relu")
