@@ -316,6 +316,14 @@ def test_blocks_and_parameters(visit):
     assert page.locator("#parameters path.line").evaluate_all(
         "all => all.map(p => p.getAttribute('d').split('L').length)"
     ) == [2]
+    # over all of training, also where the last steps were not measured: then it says so, and the line ends before
+    sparse = [0.5, None, 0.1, None, None]
+    page = visit(snapshot(parameters=[{"name": "head", "norm": sparse, "grad": sparse, "update_ratio": sparse}]))
+    ends = lambda chart: chart.evaluate("p => [0, p.getTotalLength()].map((s) => p.getPointAtLength(s).x)")
+    cursor = page.locator("#parameters .cursor").first.evaluate("line => line.x1.baseVal.value")
+    first, last = ends(page.locator("#parameters path.line").first)
+    assert last == pytest.approx((first + cursor) / 2, abs=0.2)
+    assert "lines end at the last of these" in " ".join(page.locator("#parameters .lead").text_content().split())
     page = visit(snapshot())
     for name in ("blocks", "parameters", "spectra", "comparison"):
         expect(page.locator(f"#{name}")).to_be_hidden()

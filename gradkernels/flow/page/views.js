@@ -102,7 +102,7 @@ function profiles() {
 /** A chart over training with a line per entry: `pick(run)` gives [name, values]. `joined`: a line passes over steps that were not measured. */
 function overTraining(title, y, pick, joined = false) {
   const chart = lineFigure(title, () => ({
-    x: { label: "training step", whole: true, format: String },
+    x: { label: "training step", domain: extent(state.steps), whole: true, format: String },
     y,
     series: state.runs.flatMap((run) =>
       pick(run).map(([name, values, more]) => {
@@ -138,7 +138,7 @@ const reaching = () =>
       (run) => run.layers.map((layer) => [layer.full, layer.horizon || [], { dashed: layer.direction === "reverse" }]),
     ),
     overTraining(
-      "Decay: powers of ten that the gradient loses with every step back",
+      "Decay: powers of ten that the gradient loses with every step back; below 0 it grows",
       { label: "decades a step" },
       (run) => run.layers.map((layer) => [layer.full, layer.decay || [], { dashed: layer.direction === "reverse" }]),
     ),
