@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradkernels.flow.history import Flow, Layer, Record
+from gradkernels.flow.history import Flow, Layer, Record, above
 from gradkernels.flow.numbers import HORIZON, changes, from_the_end
 
 QUIET = 64  # records that a condition has to be gone for before it begins anew
@@ -129,7 +129,7 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
     if any(flow.broken for flow in record.layers.values()):
         return  # other numbers mean nothing then
     low, high = math.log10(thresholds.vanishing), math.log10(thresholds.exploding)
-    above = _above(record)
+    largest = above(record.layers, layers)
     for name, flow in record.layers.items():
         layer, reached = layers[name], flow.reached
         vanishes = reached is not None and reached.start < low
@@ -137,7 +137,7 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
             say = partial(_vanishing, flow, layer, thresholds.vanishing)
             yield Candidate("vanishing", name, 10.0**reached.start, thresholds.vanishing, say)
         # Where the loss comes in little by little norms grow without an explosion: it has to be more than comes from above.
-        if reached is not None and reached.top > high and reached.peak > max(0.0, above[name] + 1):
+        if reached is not None and reached.top > high and reached.peak > max(0.0, largest[name] + 1):
             yield Candidate(
                 "exploding", name, 10.0**reached.top, thresholds.exploding, partial(_exploding, flow, layer)
             )
@@ -167,16 +167,6 @@ def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds)
         if moved is not None and group.grad > 0 and moved < thresholds.stalled:
             text = f"an update changes the weights by {moved:.0e} of their norm"
             yield Candidate("stalled", name, moved, thresholds.stalled, partial(_plain, text))
-
-
-def _above(record: Record) -> dict[str, float]:
-    """log10 of the largest norm in any of the layers that come after a layer."""
-    found, largest = {}, -math.inf
-    for name, flow in reversed(record.layers.items()):
-        found[name] = largest
-        if flow.reached is not None:
-            largest = max(largest, flow.reached.peak)
-    return found
 
 
 def written(found: Candidate, record: Record, layers: dict[str, Layer]) -> Alert:

@@ -6,7 +6,8 @@ Dims: T time steps of the sequences of that step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Flow:
     signals: dict[str, Array] = field(default_factory=dict)
     saturation: dict[str, Array] = field(default_factory=dict)  # share of saturated values by gate [T]
     horizon: int | None = None
-    decay: Decay | None = None
+    decay: Decay | None = None  # None also where it grows tenfold by what comes in from above
     reached: Reach | None = None
     broken: bool = False  # something is no finite number
 
@@ -92,6 +93,20 @@ class Record:
         """How many numbers it holds, about."""
         flows = self.layers.values()
         return 8 + sum(v.size for flow in flows for v in (*flow.signals.values(), *flow.saturation.values()))
+
+
+def above(flows: dict[str, Flow], layers: Mapping[str, Layer]) -> dict[str, float]:
+    """log10 of the largest norm in any of the layers that come after a layer; its other direction is beside it."""
+    found: dict[str, float] = {}
+    largest = beside = -math.inf
+    place = None
+    for name, flow in reversed(flows.items()):
+        if place != (place := (layers[name].module, layers[name].index)):
+            largest, beside = max(largest, beside), -math.inf
+        found[name] = largest
+        if flow.reached is not None:
+            beside = max(beside, flow.reached.peak)
+    return found
 
 
 class History:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradkernels.flow.history import Block, Flow, Group, Layer, Reach, Record
+from gradkernels.flow.history import Block, Flow, Group, Layer, Reach, Record, above
 from gradkernels.flow.numbers import Array, changes, decays, from_the_end, horizons, log10_norm
 from gradkernels.flow.points import Residual
 
@@ -59,7 +59,13 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
     for (S, reverse, shape), rows in together.items():
         lengths = fill(made, rows, scales, S, reverse)
         full |= {point for (*_, point), T in zip(rows, lengths) if T == shape[0]}
+    layers = {layer.name: layer for rows in together.values() for _, layer, *_ in rows}
     for record, step in zip(made, steps):
+        for name, largest in above(record.layers, layers).items():
+            flow = record.layers[name]
+            # What grows tenfold, and not beyond what is above, came in on the way: it says nothing of a step of the recurrence.
+            if flow.reached is not None and flow.reached.top > 1 and flow.reached.peak <= largest + 1:
+                flow.decay = None
         record.dead = dict(zip(step.dead, to_host([*step.dead.values()]).tolist())) if step.dead else {}
         if step.parameters:
             values = to_host([*step.parameters.values()])

@@ -123,6 +123,8 @@ def _of_layer(signal: str, flow: Flow) -> str:
         parts.append(f"memory horizon {flow.horizon} of {len(flow.signals[signal]) - 1} steps")
     if flow.decay is not None:
         parts.append(f"{_slope(flow.decay.rate)} (r2 {flow.decay.r2:.2f})")
+    elif flow.reached is not None and flow.reached.top > 1:
+        parts.append("it grows on the way, by what comes in from above")
     return "; ".join(parts)
 
 

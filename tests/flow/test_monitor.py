@@ -64,6 +64,35 @@ def test_horizon_of_gradients_that_vanish_and_come_back():
     assert horizons(rows) == [2, 1, 2, None, 1]
 
 
+@pytest.mark.parametrize("factor", (0.5, 1.25))
+def test_decay_of_both_directions(factor):
+    """W = factor * I and a slope of 1: a step back, forwards in time for the reverse direction, multiplies the gradient by that."""
+    layer = gk.nn.RNN(3, 4, nonlinearity="relu", bidirectional=True)
+    with torch.no_grad():
+        for name in ("l0", "l0_reverse"):
+            getattr(layer, f"weight_hh_{name}").copy_(factor * torch.eye(4))
+            getattr(layer, f"weight_ih_{name}").abs_()
+            getattr(layer, f"bias_ih_{name}").fill_(1.0)
+    monitor = gk.flow.watch(layer)
+    y = layer(torch.rand(20, 2, 3))[0]
+    (y[-1, :, :4].sum() + y[0, :, 4:].sum()).backward()
+    for flow in monitor.history[-1].layers.values():
+        assert flow.decay.factor == pytest.approx(factor, rel=1e-5) and flow.decay.r2 == pytest.approx(1.0)
+        assert flow.horizon == (9 if factor < 1 else 19)
+
+
+def test_what_comes_in_from_above_on_the_way_is_no_growth():
+    """The loss is at the last step, where the lower layer's reverse direction begins: of its recurrence nothing is to be seen."""
+    layer = gk.nn.LSTM(4, 16, num_layers=2, bidirectional=True)
+    monitor = gk.flow.watch(layer)
+    layer(torch.randn(40, 2, 4))[0][-1].sum().backward()
+    flows = monitor.history[-1].layers
+    assert flows["LSTM.l0_reverse"].decay is None and flows["LSTM.l0_reverse"].reached.top > 3
+    assert flows["LSTM.l0"].decay.rate > 0.1 < flows["LSTM.l1"].decay.rate
+    (line,) = [line for line in monitor.summary().splitlines() if "l0_reverse" in line]
+    assert line.endswith("it grows on the way, by what comes in from above")
+
+
 def test_decay_does_not_see_what_has_underflown():
     row = np.array([[0.0, -1, -2, -3, *[-math.inf] * 20]])
     assert decays(row)[0].rate == pytest.approx(1.0)

@@ -66,6 +66,19 @@ def test_exploding():
     assert alert.time_step == 0 and alert.value == pytest.approx(1.5**29, rel=0.5) and "clip_grad_norm_" in alert.advice
 
 
+def test_both_directions_may_explode():
+    """The other direction is beside a layer and not above it: what grows as much in both has not come in from there."""
+    layer = gk.nn.RNN(4, 16, nonlinearity="relu", bidirectional=True)
+    with torch.no_grad():
+        for name in ("l0", "l0_reverse"):
+            getattr(layer, f"weight_hh_{name}").copy_(1.5 * torch.eye(16))
+            getattr(layer, f"weight_ih_{name}").abs_()
+    monitor = gk.flow.watch(layer)
+    y = layer(torch.randn(30, 4, 4).abs())[0]
+    (y[-1, :, :16].sum() + y[0, :, 16:].sum()).backward()
+    assert kinds(monitor) == [("exploding", "RNN.l0"), ("exploding", "RNN.l0_reverse")]
+
+
 def test_a_loss_that_comes_in_little_by_little_is_no_explosion():
     """Against the time of the lower layer's reverse direction, the gradient that comes from above grows with every step."""
     layer = gk.nn.LSTM(4, 16, num_layers=2, bidirectional=True)
