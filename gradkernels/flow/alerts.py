@@ -89,12 +89,35 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Alert:
-    """One thing to look at."""
+    """One thing to look at, in ``monitor.alerts`` and for ``on_alert``; its text is the message and the advice.
 
-    kind: str  # vanishing | exploding | saturated | dead | stalled | nonfinite
+    Attributes:
+        kind: "vanishing", "exploding", "saturated", "dead", "stalled" or "nonfinite"; what each means is at :class:`Thresholds`.
+        layer: the name of a recurrent layer and direction, a block, or a group of parameters, as the history has it.
+        direction: "forward" or "reverse"; None of what has none.
+        step: of the optimizer, from 1, at which it was pointed out.
+        time_step: where in the sequence, from 0: the first past the threshold on the gradient's way, or where it is worst; None of what has no time.
+        value, threshold: what was measured, as a ratio or share and not its logarithm, and what it is beyond. NaN of a nonfinite one.
+        message: what was seen, in one sentence.
+        advice: what helps.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> rnn = gk.nn.RNN(3, 8, nonlinearity="relu")
+        >>> _ = gk.init.identity_(rnn), rnn.weight_hh_l0.data.mul_(2), rnn.bias_ih_l0.data.fill_(1)
+        >>> monitor = gk.flow.watch(rnn)
+        >>> rnn(torch.rand(12, 1, 3))[0][-1].sum().backward()
+        >>> [alert] = monitor.alerts
+        >>> alert.message
+        'Exploding: RNN.l0, step 1, time step 0: dL/dh grows to 2e+03 times its value at time step 11.'
+        >>> alert.time_step, alert.value > alert.threshold, alert.to_dict()["kind"]
+        (0, True, 'exploding')
+    """
+
+    kind: str
     layer: str
     direction: str | None
-    step: int  # of the optimizer
+    step: int
     time_step: int | None
     value: float
     threshold: float
@@ -102,6 +125,7 @@ class Alert:
     advice: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Its attributes for JSON: a value that is not finite is None."""
         found = asdict(self)
         if not math.isfinite(self.value):
             found["value"] = None

@@ -67,7 +67,24 @@ def serve(monitor: Any, port: int = 0, host: str = "127.0.0.1", *, comparison: A
 
 
 class Server:
-    """A thread that answers browsers; see :func:`serve`."""
+    """What :func:`serve` returns: a thread that answers browsers, until it is closed or the process ends. A context manager, which closes it.
+
+    Arguments and errors are those of `serve`, which also prints the address. Snapshots are taken at most twice a second, however many browsers
+    ask; whoever asks without the token gets 403.
+
+    Attributes:
+        url: the address with its token, ``http://host:port/?token=...``.
+        host, port: what it listens at; the port is the one it got.
+        token: 16 random bytes as text, new for every server.
+
+    Example:
+        >>> import urllib.request
+        >>> nothing = {"format": 1, "model": "Model", "every": 1, "step": 0, "steps": [], "layers": []}
+        >>> with Server(nothing) as server:
+        ...     page = urllib.request.urlopen(server.url).read()
+        >>> page[:15], server
+        (b'<!doctype html>', <Server http://127.0.0.1:... (closed)>)
+    """
 
     def __init__(self, monitor: Any, port: int = 0, host: str = "127.0.0.1", comparison: Any = None) -> None:
         snapshots(monitor)  # raises here, and not in a thread that nobody sees
@@ -89,6 +106,7 @@ class Server:
 
     @property
     def url(self) -> str:
+        """Where the page is."""
         return f"http://{self.host}:{self.port}/?token={quote(self.token)}"
 
     def current(self) -> dict[str, Snapshot]:

@@ -84,6 +84,11 @@ class LSTMCell(RNNCellBase):
         i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of W_ih x + b_ih + W_hh h + b_hh
         c' = f * c + i * g,    h' = o * tanh(c')
 
+    forward(input, hx=None) -> (h', c'): input [B, I] or [I], states (h, c) [B, H] or [H], zeros when None; float32, float64, bfloat16 or float16, as
+    the weights. Errors have torch's types and texts. ValueError: another number of dimensions, another dtype than the weights, a backend
+    that there is not. RuntimeError: sizes that do not fit, other than two states, a backend that cannot run here. TypeError: hx is one tensor,
+    input is of integers.
+
     >>> import torch
     >>> h, c = LSTMCell(3, 5)(torch.randn(4, 3))
     >>> h.shape, c.shape
@@ -127,6 +132,8 @@ class GRUCell(RNNCellBase):
         n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)      reset_after=False, the original
         h' = (1 - z) * n + z * h
 
+    forward(input, hx=None) -> h': input [B, I] or [I], hx [B, H] or [H]; dtypes and errors as in LSTMCell.
+
     >>> import torch
     >>> GRUCell(3, 5)(torch.randn(4, 3), torch.zeros(4, 5)).shape
     torch.Size([4, 5])
@@ -163,6 +170,9 @@ class RNNCell(RNNCellBase):
     RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None, *, backend=None)
 
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)           (or relu, or sigmoid)
+
+    forward(input, hx=None) -> h': input [B, I] or [I], hx [B, H] or [H]; dtypes and errors as in LSTMCell. RuntimeError, at the call as torch
+    has it, if the nonlinearity is none of the three.
 
     >>> import torch
     >>> RNNCell(3, 5, nonlinearity="relu")(torch.randn(3)).shape

@@ -284,7 +284,12 @@ class LSTM(RNNBase):
 
     forward(input, hx=None, lengths=None): `lengths`, int64 [B], in any order, each 0 to T, gives every row of a padded batch its own
     number of steps. Outputs beyond are 0, final states are those of each row's last step, and the reverse direction begins there:
-    what a PackedSequence gives, inside a full graph and without sorting. ValueError if input is a PackedSequence or has no batch.
+    what a PackedSequence gives, inside a full graph and without sorting.
+
+    Input [T, B, I], [B, T, I] with batch_first, [T, I] or packed, states [layers * directions, B, H] or without B; float32, float64, bfloat16 or
+    float16, as the weights. Errors have torch's types and texts. ValueError: a size, dropout or backend that there is not, input of another
+    number of dimensions or another dtype than the weights, lengths of a PackedSequence or without a batch. RuntimeError: sizes that do not fit,
+    a sequence of no steps, lengths beyond T, a backend that cannot run here. TypeError: a size that is no int, lengths that are not int64.
 
     Hochreiter and Schmidhuber, Long short-term memory, 1997; forget gate: Gers, Schmidhuber and Cummins, 2000.
 
@@ -307,7 +312,8 @@ class GRU(RNNBase):
         h_t = (1 - z) * n + z * h_{t-1}
 
     GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None,
-    dtype=None, *, reset_after=True, backend=None); forward(input, hx=None, lengths=None) as in LSTM.
+    dtype=None, *, reset_after=True, backend=None); forward(input, hx=None, lengths=None) as in LSTM, with one state. Errors are those of LSTM, and
+    ValueError if a proj_size is given.
 
     Cho et al., Learning phrase representations using RNN encoder-decoder, 2014.
 
@@ -335,7 +341,8 @@ class RNN(RNNBase):
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)          (or relu, or sigmoid)
 
     RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    device=None, dtype=None, *, backend=None); forward(input, hx=None, lengths=None) as in LSTM.
+    device=None, dtype=None, *, backend=None); forward(input, hx=None, lengths=None) as in LSTM, with one state. Errors are those of LSTM, and
+    ValueError if a proj_size is given, or a nonlinearity that is none of the three.
 
     Elman, Finding structure in time, 1990.
 

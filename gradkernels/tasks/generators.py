@@ -16,20 +16,38 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """Batches without end, what is asked of a model, and how far a trivial answer gets."""
+    """Batches without end, what is asked of a model, and how far a trivial answer gets: :func:`copy_memory`, :func:`adding`,
+    :func:`subject_verb`, and what a subclass says of `steps`, `trivial`, `draw`, `loss` and `right`.
+
+    Attributes:
+        batch: B, sequences in a batch.
+        seed: of the sequences.
+        symbols: inputs are symbols 0 .. symbols - 1, int64 [T, B]; None: they are numbers, float32 [T, B, inputs].
+        inputs: how many numbers a step has.
+        outputs: C, the width of what a model returns at every step, [T, B, C].
+
+    Raises:
+        ValueError: of the functions that make one, where a size is below 1 (adding: a delay below 2).
+        NotImplementedError: of Task itself.
+
+    Example:
+        >>> task = adding(batch=4, delay=10)
+        >>> inputs, targets = next(task.batches())
+        >>> guess = torch.ones(task.steps, task.batch, task.outputs)
+        >>> inputs.shape, task.loss(guess, targets).shape, 0 <= task.right(guess, targets) <= 1
+        (torch.Size([10, 4, 2]), torch.Size([]), True)
+    """
 
     batch: int
     seed: int
 
-    symbols: int | None = (
-        None  # inputs are symbols 0 .. symbols - 1, int64 [T, B]; None: numbers, float32 [T, B, inputs]
-    )
+    symbols: int | None = None
     inputs: int = 0
-    outputs: int = 0  # width of what a model returns at every step
+    outputs: int = 0
 
     @property
     def steps(self) -> int:
-        """T"""
+        """T, the length of a sequence."""
         raise NotImplementedError
 
     @property
@@ -38,6 +56,7 @@ class Task:
         raise NotImplementedError
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One batch: inputs, and targets as `loss` takes them."""
         raise NotImplementedError
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -46,7 +65,8 @@ class Task:
         while True:
             yield self.draw(generator)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # outputs [T, B, outputs]
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # outputs [T, B, C]
+        """A scalar, to be set beside `trivial`."""
         raise NotImplementedError
 
     def right(self, outputs: Tensor, targets: Tensor) -> float:

@@ -60,7 +60,9 @@ def test_every_initialisation(out, capsys):
 
 def test_what_it_says_is_so(out, capsys):
     """Gates that are open reach the first symbol from the first step on, a simple RNN does not."""
-    assert main(["flow", "rnn_tanh", "lstm:forget", "--json", "--steps", "100", "--length", "50", "--hidden", "32"]) == 0
+    assert (
+        main(["flow", "rnn_tanh", "lstm:forget", "--json", "--steps", "100", "--length", "50", "--hidden", "32"]) == 0
+    )
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert runs["rnn_tanh"]["horizon_first"] < 20 and runs["lstm:forget"]["horizon_first"] == 49
     assert [(alert["kind"], alert["step"]) for alert in runs["rnn_tanh"]["alerts"]] == [("vanishing", 100)]
