@@ -24,7 +24,7 @@ TASKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=TASKS, help="what is to be remembered")
+    parser.add_argument("task", choices=TASKS, help="what is to be remembered (of characters: see `demo`)")
     bodies = (*BODIES, *gk.cells.CELLS)
     parser.add_argument("--cell", choices=bodies, default="lstm", metavar="NAME", help=f"{', '.join(bodies)} (lstm)")
     parser.add_argument(
@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"tasks {args.task}: {error}", file=sys.stderr)
         return 2
     name = args.cell if args.init == "default" else f"{args.cell}, {args.init}"
-    with processes() as (rank, count), gk.flow.watch(model, every=max(1, args.steps // 200)) as monitor:
+    alerts: list[gk.flow.Alert] = []  # said in the end, not between lines of progress
+    every = max(1, args.steps // 200)
+    with processes() as (rank, count), gk.flow.watch(model, every, on_alert=alerts.append) as monitor:
         server = gk.flow.serve(monitor) if args.live and rank == 0 else None
         if server is not None:
             print(f"live at {server.url}", file=sys.stderr)
@@ -68,25 +70,27 @@ def run(args: argparse.Namespace) -> int:
 
             def each(step: int, loss: float, right: float) -> None:
                 if rank == 0:
-                    progress.advance(name, 1, f"loss {loss:.4f} of {task.trivial:.4f}, {right:.0%} right")
+                    progress.advance(name, 1, f"loss {loss:.4f}, {right:.0%} right")
 
-            result = train(task, model, args.steps, args.rate, rank=rank, count=count, monitor=monitor, each=each)
+            result = train(task, model, args.steps, args.rate, rank=rank, count=count, each=each)
+        monitor.sync()
         if rank:
             return 0
         if args.html:
             gk.flow.report(monitor, args.html)
         if args.json:
-            print(
-                json.dumps(
-                    {"task": args.task, "cell": args.cell, "init": args.init, "delay": args.delay, **result.as_dict()}
-                )
-            )
+            said = {"task": args.task, "cell": args.cell, "init": args.init, "delay": args.delay, **result.as_dict()}
+            print(json.dumps(said | {"alerts": [alert.to_dict() for alert in alerts]}))
         else:
             print(
                 f"{args.task}, {task.steps} steps, {name}: loss {result.loss:.4f} ({task.trivial:.4f} remembering nothing), {result.right:.0%} right"
             )
             if result.horizon is not None:
-                print(f"a thousandth of the gradient gets {result.horizon} steps back")
+                print(
+                    f"a thousandth of the last answer's gradient gets {result.horizon} of {task.steps - 1} steps back"
+                )
+            for alert in alerts:
+                print(f"\n{alert}")
         if server is not None:
             print("Ctrl-C ends the live page", file=sys.stderr)
             server.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import gradkernels as gk
 from gradkernels.arguments import INITS
 from gradkernels.tasks.generators import Task
 from gradkernels.tasks.model import BODIES, SequenceModel
@@ -25,7 +27,7 @@ class Result:
     loss: float
     trivial: float  # the loss of whoever remembers nothing
     right: float  # share of what had to be remembered
-    horizon: int | None  # steps back to which a thousandth of the gradient gets, at the end; None: no recurrent layer
+    horizon: int | None  # steps back to which a thousandth of the last output's gradient gets; None: no recurrent layer
     solved_at: int | None  # the first step from which on nine tenths were right; None: never
     steps: int
     seconds: float
@@ -71,7 +73,6 @@ def train(
     clip: float = 1.0,
     rank: int = 0,
     count: int = 1,
-    monitor: Any = None,
     each: Callable[[int, float, float], object] = lambda step, loss, right: None,
 ) -> Result:
     """Adam with clipped gradients for so many steps; `each` is told of every one.
@@ -97,7 +98,19 @@ def train(
     mean = lambda values: sum(values[-last:]) / last
     wrong = [k for k, share in enumerate(shares) if share < 0.9]
     solved_at = wrong[-1] + 1 if wrong else 0
-    horizon = None if monitor is None or not isinstance(model.body, nn.RNNBase) else monitor.horizon()
     seconds = time.perf_counter() - begin
     found = None if solved_at > steps - last else solved_at
-    return Result(mean(losses), task.trivial, mean(shares), horizon, found, steps, seconds)
+    return Result(mean(losses), task.trivial, mean(shares), horizon(task, model), found, steps, seconds)
+
+
+def horizon(task: Task, model: SequenceModel) -> int | None:
+    """How many steps back a thousandth of the last output's gradient gets; None without a recurrent layer.
+
+    Not of the loss, which may come in at every step: what it hands to the early steps has no way behind it.
+    """
+    if not isinstance(model.body, nn.RNNBase):
+        return None
+    one = copy.deepcopy(model)  # the model itself may be watched already
+    with gk.flow.watch(one, on_alert=lambda alert: None) as monitor:
+        one(next(task.batches())[0])[-1].square().sum().backward()
+        return monitor.horizon()

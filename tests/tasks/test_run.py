@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,21 @@ def test_results():
     task = adding(4, 5)
     model, seen = make(task, "gru", 4, "default"), []
     with gk.flow.watch(model) as monitor:
-        found = train(task, model, 20, monitor=monitor, each=lambda *v: seen.append(v))
+        found = train(task, model, 20, each=lambda *v: seen.append(v))
+    assert len(monitor.history) == 20
     assert [step for step, _, _ in seen] == list(range(20)) and found.steps == 20 and found.trivial == 1 / 6
     assert found.loss == pytest.approx((seen[18][1] + seen[19][1]) / 2)
-    assert found.horizon == monitor.horizon() and found.solved_at is None
+    assert found.horizon == monitor.horizon() and found.solved_at is None  # the loss is of the last output alone
     assert json.loads(json.dumps(found.as_dict()))["trivial"] == 1 / 6
+
+
+def test_the_horizon_is_that_of_the_last_output():
+    """Copying is judged at every step, so that the loss itself reaches all of them."""
+    torch.manual_seed(0)
+    task = copy_memory(4, 60, 5)
+    assert train(task, make(task, "lstm", 16, "default"), 2).horizon < 20
+    assert train(task, make(task, "lstm", 16, "chrono"), 2).horizon > 60
+    assert train(task, make(task, "attention", 16, "default"), 2).horizon is None
 
 
 def test_command(capsys, tmp_path):
@@ -90,8 +101,18 @@ def test_command(capsys, tmp_path):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["cell"] == "gru" and found["steps"] == 12 and "12/12" in err and "<html" in page.read_text()
+    assert found["alerts"] == []
     assert main(arguments) == 0
-    assert "remembering nothing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "remembering nothing" in out and "of the last answer's gradient gets 6 of 6 steps back" in out
+
+
+def test_alerts_are_said_in_the_end(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["tasks", "adding", "--cell", "rnn_tanh", "--hidden", "8", "--steps", "120"]) == 0
+    out, err = capsys.readouterr()
+    assert "\n\nVanishing: body.l0, step 100, time step" in out and "Vanishing" not in err and out.endswith(".\n")
 
 
 def test_command_used_wrongly(capsys):
