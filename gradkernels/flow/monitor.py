@@ -169,6 +169,9 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
     * of a plain recurrent layer of torch, whose kernels tell nothing of the states, dL/dx_t of its input instead of h and c.
       `gk.convert` makes it one of ours.
 
+    Horizon and decay are of the whole gradient. With a loss at every time step, as of a language model, it comes in at all of them, and the
+    horizon is the whole sequence: how far the gradient of one output gets is what :func:`gradkernels.flow.compare` measures, of such models too.
+
     No hook runs in backward, and no step waits for a device; ``python -m bench.flow`` measures what it costs.
 
     Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradkernels.flow.monitor import Monitor
 
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 24
+WIDTH = 16
 
 
 def sparkline(log10: Array, width: int = WIDTH) -> str:
@@ -35,18 +35,22 @@ def sparkline(log10: Array, width: int = WIDTH) -> str:
 
 
 def table(monitor: Monitor) -> Table:
-    """A `rich` table: of every layer the norms over time, memory horizon, decay, the most saturated gate; then the alerts.
+    """A `rich` table: of every layer the norms over time, at the first and the last time step, memory horizon, decay in decades a step, the
+    most saturated gate; then the last alerts. It fits 80 columns.
 
     Raises:
         ImportError: rich is not installed (``pip install gradkernels[demo]``).
     """
     from rich.table import Table
 
-    made = Table(title=f"{monitor.name}, step {monitor.step_count}", title_justify="left", caption_justify="left")
-    made.add_column("layer")
-    made.add_column("log10 ||dL/dh|| over time", no_wrap=True)
-    for name in ("first", "last", "horizon", "decades/step"):
-        made.add_column(name, justify="right")
+    title = f"{monitor.name}, step {monitor.step_count}"
+    made = Table(
+        title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False
+    )
+    made.add_column("layer", overflow="fold")
+    made.add_column("log10 ||dL/dh||", no_wrap=True)
+    for name in ("first", "last", "horizon", "decay"):
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("saturated")
     recent: dict[str, Any] = {}
     saturation: dict[str, Any] = {}
@@ -66,7 +70,7 @@ def table(monitor: Monitor) -> Table:
             number(log10[0]),
             number(log10[-1]),
             "-" if flow.horizon is None else f"{flow.horizon} of {len(log10) - 1}",
-            "-" if flow.decay is None else f"{flow.decay.rate:.3f}",
+            "-" if flow.decay is None else f"{round(flow.decay.rate, 3) + 0.0:.3f}",  # of zero no sign
             _worst(saturation.get(name, {})),
         )
     said = monitor._alerts.found[-3:]

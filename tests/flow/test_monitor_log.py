@@ -192,6 +192,20 @@ def test_table():
     assert re.search(rf"{log10[0]:.1f}.*{log10[-1]:.1f}", shown)
 
 
+def test_the_table_fits_eighty_columns():
+    from rich.console import Console
+
+    model = nn.ModuleDict({"encoder": gk.nn.LSTM(3, 4, 2, bidirectional=True)})
+    console = Console(file=io.StringIO(), width=80)
+    monitor = gk.flow.watch(model, on_alert=lambda alert: None)
+    model["encoder"](torch.randn(200, 2, 3))[0].sum().backward()
+    monitor.step()
+    console.print(gk.flow.table(monitor))
+    text = console.file.getvalue()
+    assert "…" not in text and all(name in text for name in (*monitor.layers, "horizon", "decay", "199 of 199"))
+    assert len([line for line in text.splitlines() if "encoder" in line]) == 4
+
+
 def test_live_table_prints_once_when_piped():
     from rich.console import Console
 
@@ -204,4 +218,4 @@ def test_live_table_prints_once_when_piped():
 
 @pytest.mark.parametrize("log10", ([], [-np.inf] * 3, [np.nan, 0.0], list(np.linspace(-30, 0, 127))), ids=len)
 def test_sparkline_of_anything(log10):
-    assert len(sparkline(np.array(log10))) == min(len(log10), 24)
+    assert len(sparkline(np.array(log10))) == min(len(log10), 16)
