@@ -290,6 +290,16 @@ def test_spectra_have_a_slider(visit):
     assert float(y.get_attribute("cx")) == pytest.approx(right[0], abs=0.02)
 
 
+def test_a_layer_without_a_decay_keeps_its_colour_and_says_so(visit):
+    given = [layer("a.l0", decay=[None] * 5), layer("a.l0_reverse", direction="reverse"), layer("a.l1")]
+    page = visit(snapshot(layers=given))
+    key = "all => Object.fromEntries(all.map((p) => [p.dataset.series, p.getAttribute('class')]))"
+    horizon, decay = (page.locator("#reach figure").nth(k).locator("path.line").evaluate_all(key) for k in range(2))
+    assert list(horizon) == ["a.l0", "a.l0_reverse", "a.l1"] and list(decay) == ["a.l0_reverse", "a.l1"]
+    assert horizon.items() >= decay.items() and decay["a.l0_reverse"] == "line hue1 dashed"
+    assert "not to be seen" in page.locator("#overview tbody tr").first.text_content()
+
+
 def test_alerts_lead_to_their_step(visit):
     markup = "<b>grows</b><script>alert(1)</script>"
     given = [alert(step=2, time_step=4), alert("exploding", step=4, time_step=None, message=markup, advice=None)]

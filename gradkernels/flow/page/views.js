@@ -16,7 +16,7 @@ function overview() {
         layer.full,
         layer.cell || "torch",
         isNumber(horizon) && T ? `${horizon} of ${T - 1} steps` : "none",
-        isNumber(decay) ? `× ${short(10 ** -decay)} a step` : "none",
+        isNumber(decay) ? `× ${short(10 ** -decay)} a step` : "not to be seen",
         ends ? `${norm(ends[0])} … ${norm(ends[1])}` : "none",
       ];
     });
@@ -71,6 +71,9 @@ function heatmaps() {
   return { element, update, mark: () => panels.forEach((panel) => panel.mark()) };
 }
 
+/** How a layer is drawn, in every chart the same. */
+const styleOf = (layer) => ({ hue: layers().indexOf(layer), dashed: layer.direction === "reverse" });
+
 /** All layers at one training step, by how far back in time. */
 function profiles() {
   const chart = lineFigure(
@@ -80,7 +83,7 @@ function profiles() {
         const signal = signalOf(layer);
         const row = signal === null ? null : shown(layer, signal, indexAt(layer.run, state.step));
         const points = row ? Array.from(row, (value, t) => [stepsBack(layer, t, row.length), value]) : [];
-        return { name: layer.full, points: points.sort((a, b) => a[0] - b[0]), dashed: layer.direction === "reverse" };
+        return { name: layer.full, points: points.sort((a, b) => a[0] - b[0]), ...styleOf(layer) };
       });
       const share = isShare(state.signal);
       return {
@@ -135,12 +138,12 @@ const reaching = () =>
     overTraining(
       "Memory horizon: how many steps back the gradient keeps a thousandth of its norm",
       { label: "steps", whole: true, format: String },
-      (run) => run.layers.map((layer) => [layer.full, layer.horizon || [], { dashed: layer.direction === "reverse" }]),
+      (run) => run.layers.map((layer) => [layer.full, layer.horizon || [], styleOf(layer)]),
     ),
     overTraining(
       "Decay: powers of ten that the gradient loses with every step back; below 0 it grows",
       { label: "decades a step" },
-      (run) => run.layers.map((layer) => [layer.full, layer.decay || [], { dashed: layer.direction === "reverse" }]),
+      (run) => run.layers.map((layer) => [layer.full, layer.decay || [], styleOf(layer)]),
     ),
   );
 
