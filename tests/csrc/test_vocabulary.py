@@ -37,6 +37,7 @@ def run(request):
 def truth(function, x, n):
     x = mpmath.mpf(float(x))
     exact = {
+        "exp2": lambda v: mpmath.power(2, v),
         "sigmoid": lambda v: 1 / (1 + mpmath.exp(-v)),
         "softplus": lambda v: mpmath.log1p(mpmath.exp(v)),
         "pow": lambda v: mpmath.power(v, n),
@@ -60,6 +61,7 @@ NUMBERS = {
     "function, numbers, n, ulps",
     [
         ("exp", "spread", 0, 2),
+        ("exp2", "spread", 0, 2),
         ("expm1", "spread", 0, 3),
         ("log", "positive", 0, 2),
         ("log1p", "above -1", 0, 3),
@@ -87,6 +89,7 @@ def test_within_a_few_units_in_the_last_place(run, function, numbers, n, ulps):
 
 EDGES = {
     "exp": {0: 1, 1000: INFINITE, INFINITE: INFINITE, -INFINITE: 0, NAN: NAN},
+    "exp2": {0: 1, 3: 8, -2000: 0, -INFINITE: 0, NAN: NAN},
     "expm1": {0: 0, 1000: INFINITE, INFINITE: INFINITE, -INFINITE: -1, -1000: -1, NAN: NAN},
     "log": {0: -INFINITE, 1: 0, -1: NAN, INFINITE: INFINITE, -INFINITE: NAN, NAN: NAN},
     "log1p": {0: 0, -1: -INFINITE, -2: NAN, INFINITE: INFINITE, NAN: NAN},

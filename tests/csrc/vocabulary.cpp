@@ -12,6 +12,7 @@ V evaluate(const std::string &name, V x, V n) {
 #define GK_CASE(f)                                                                                                     \
   if (name == #f) return gk::f(x);
   GK_CASE(exp)
+  GK_CASE(exp2)
   GK_CASE(expm1)
   GK_CASE(log)
   GK_CASE(log1p)
