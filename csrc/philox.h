@@ -33,6 +33,7 @@ struct Philox {
 #endif
   }
 
+  // The four words of blocks by row and first column.
   struct Words {
     Lanes x0, x1, x2, x3;
   };

@@ -112,6 +112,7 @@ protected:
     if (a.left >= 0) hi = std::min(hi, here + a.left + 1);
     return {lo, std::max(lo, hi)};
   }
+  // What lies in a block.
   static Interval within(Interval seen, int64_t first, int64_t n) {
     const int64_t lo = std::clamp<int64_t>(seen.lo - first, 0, n);
     return {lo, std::clamp<int64_t>(seen.hi - first, lo, n)};
@@ -125,8 +126,8 @@ protected:
     }
     return hi == 0 ? Interval{0, 0} : Interval{lo / block, blocks(hi)};
   }
-
-  Interval key_blocks(const Place &at, int64_t first) const { // that a block of queries sees anything of
+  // Those of keys that the block of queries at `first` sees anything of.
+  Interval key_blocks(const Place &at, int64_t first) const {
     return blocks_seen([&](int64_t i) { return keys_of(at, i); }, first, std::min(first + block, at.Tq));
   }
 
@@ -157,26 +158,26 @@ protected:
     }
   };
 
-  // Rows as the tile reads them: where they are if they are of its type, else copied.
+  // Rows as the tile reads them.
   struct Rows {
     const P *first;
     int64_t stride;
     const P *operator()(int64_t t) const { return first + t * stride; }
   };
   int64_t width(int64_t n) const { return row_stride<P>(n + depth); }
-  void copy_rows(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *copy) const {
-    for (int64_t i = 0; i < count; i++) {
+  Rows copied(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *to) const {
+    for (int64_t i = 0; i < count; i++, to += width(n)) {
       const T *from = row(heads, s, h, t + i);
-      P *to = copy + i * width(n);
       for (int64_t c = 0; c < n; c += L) store(to + c, load(from + c, n - c));
       if (depth > 1) store(to + n, V(0), 1);
     }
+    return {to - count * width(n), width(n)};
   }
+  // Where they are if they are of the tile's type, else copied.
   Rows rows(const Heads &heads, int64_t s, int64_t h, int64_t t, int64_t count, int64_t n, P *copy) const {
     if constexpr (std::is_same_v<T, P>)
       if (n % depth == 0) return {row(heads, s, h, t), heads.t};
-    copy_rows(heads, s, h, t, count, n, copy);
-    return {copy, width(n)};
+    return copied(heads, s, h, t, count, n, copy);
   }
 
   // For sums along the width: panels of [width][L rows]. For sums over rows: panels of [rows][L of the width].
@@ -224,7 +225,7 @@ protected:
     products(at, b, keys, queries, to, ahead);
     const F slope = a.slopes ? static_cast<const F *>(a.slopes)[at.s * a.slopes_b + at.h] : F(0);
     const bool plain = !a.bias && slope == 0 && a.scale > 0;
-    if (!plain) shift(at, b, slope, to);
+    if (!plain) adjust(at, b, slope, to);
     const bool *mask = a.key_mask ? a.key_mask + at.s * a.Tk + b.j0 : nullptr;
     if (mask || keys_in(at, b, b.n - 1).lo > 0 || keys_in(at, b, 0).hi < b.m)
       for (int64_t j = 0; j < b.m; j++) {
@@ -250,7 +251,7 @@ protected:
         });
   }
   // Scales scores and adds what there is to add; the bias comes by rows of queries.
-  void shift(const Place &at, const Block &b, F slope, F *s) const {
+  void adjust(const Place &at, const Block &b, F slope, F *s) const {
     for (int64_t i = 0; i < b.n; i += L)
       for (int64_t j = 0; j < b.m; j += L) {
         V added[L];

@@ -2,7 +2,7 @@
 //
 // With P the probabilities, M the dropout factors (0 or 1 / (1 - p)), dO the gradient of the output and
 // delta_i = sum_c dO_ic O_ic - dlse_i:   dV = (P M)^T dO,   dS = P (M (dO V^T) - delta),   dQ = scale dS K,   dK =
-// scale dS^T Q. Blocks are held transposed, keys by queries, so that what belongs to a query lies along a vector.
+// scale dS^T Q.
 //
 // Operations of a pair of query and key: 3 D + 2 E multiply-adds and one exp when heads are enough to occupy the
 // threads: then one walk over a head makes all three gradients. Otherwise blocks of keys make dK and dV, and blocks of
@@ -29,6 +29,7 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
   using typename Base::V;
 
   const AttentionBackwardArgs &q;
+
   // What is packed of a head of queries, and of one of keys.
   struct Queries {
     Packed<P> q_along, q_over, dout_along, dout_over;
@@ -51,17 +52,23 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
   int64_t D_wide() const { return vectors<T>(a.D) * L; }
 
   void prepare(const Place &at, const Queries &to) const {
-    for (int64_t i = 0; i < vectors<T>(at.Tq) * L; i++) {
-      to.lse[i] = infinity, to.delta[i] = 0;
-      if (i >= at.Tq) continue;
-      const T *o = this->row(q.out, at.s, at.h, at.q0 + i), *d = this->row(q.dout, at.s, at.h, at.q0 + i);
-      V sum(0);
-      for (int64_t c = 0; c < a.E; c += L) sum += load(o + c, a.E - c) * load(d + c, a.E - c);
-      for (int j = 0; j < L; j++) to.delta[i] += sum.v[j];
-      const int64_t n = this->lse_at(at, i);
-      if (q.dlse) to.delta[i] -= static_cast<const F *>(q.dlse)[n];
-      const F lse = static_cast<const F *>(a.lse)[n];
-      to.lse[i] = lse == -infinity ? infinity : lse * Exp<F>::log2e;
+    for (int64_t i = 0; i < at.Tq; i += L) {
+      const int64_t n = at.Tq - i, from = this->lse_at(at, i);
+      V sums[L]; // of a row each, until they are turned
+      for (int r = 0; r < L; r++) {
+        sums[r] = 0;
+        if (r >= n) continue;
+        const T *o = this->row(q.out, at.s, at.h, at.q0 + i + r), *d = this->row(q.dout, at.s, at.h, at.q0 + i + r);
+        for (int64_t c = 0; c < a.E; c += L) sums[r] += load(o + c, a.E - c) * load(d + c, a.E - c);
+      }
+      transpose(sums);
+      for (int r = 1; r < L; r++) sums[0] += sums[r];
+      if (q.dlse) sums[0] = sums[0] - load(static_cast<const F *>(q.dlse) + from, n);
+      sums[0].store(to.delta + i);
+      for (int64_t r = 0; r < L; r++) {
+        const F lse = r < n ? static_cast<const F *>(a.lse)[from + r] : -infinity;
+        to.lse[i + r] = lse == -infinity ? infinity : lse * Exp<F>::log2e;
+      }
     }
     this->pack_along(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_along, 0, vectors<T>(at.Tq));
     this->pack_over(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_over);
@@ -159,7 +166,7 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
   void queries_block(const Place &at, int64_t i0, const Queries &head, const Keys &k, Scratch &w) const {
     const int64_t n = std::min(block, at.Tq - i0), kv = at.h / this->group();
     std::fill(w.dq, w.dq + n * D_wide(), F(0));
-    const Interval seen = this->blocks_seen([&](int64_t i) { return this->keys_of(at, i); }, i0, i0 + n);
+    const Interval seen = this->key_blocks(at, i0);
     for (int64_t j = seen.lo; j < seen.hi; j++) {
       const Block b{i0, n, j * block, std::min(block, at.Tk - j * block)};
       const Rows keys = this->rows(a.k, at.s, kv, at.k0 + b.j0, b.m, a.D, w.keys);
@@ -187,7 +194,9 @@ public:
   void operator()() {
     Arena &arena = this->arena;
     const int64_t Tk = this->longest_k(), Tq = this->longest_q(), group = this->group(), kv_heads = a.B * a.Hk;
-    const bool by_heads = kv_heads >= 2 * a.threads || a.threads == 1;
+    // Blocks cost half as much again as whole heads, which may leave threads without work at the end.
+    const int64_t turns = (kv_heads + a.threads - 1) / a.threads;
+    const bool by_heads = 2 * turns * a.threads <= 3 * kv_heads;
     const int64_t slots = by_heads ? a.threads : kv_heads; // of packed heads
     std::vector<Queries> queries(slots * group);
     for (Queries &h : queries)

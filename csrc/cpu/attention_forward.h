@@ -74,6 +74,7 @@ template <class T, class P> class AttentionForward : Attention<T, P> {
       V top(-infinity), sum(0);
       for (int64_t j = seen.lo; j < seen.hi; j++) top = at_least(V::load(s + j * block), top);
       const V away = follow(top, by, b, v, w);
+#pragma GCC unroll 4
       for (int64_t j = seen.lo; j < seen.hi; j++) {
         const V p = exp2(V::load(s + j * block) * V(by) - away);
         sum += p;
@@ -110,13 +111,14 @@ template <class T, class P> class AttentionForward : Attention<T, P> {
     const V shift = V::load(w.shift + v * L);
     return where(shift > V(-infinity), shift * V(by), V(0));
   }
-  // Blocks of keys and values.
+
+  // `count` blocks of keys and values.
   void pack(int64_t head, int64_t first, int64_t count, const Head &to) const {
     const int64_t h = head % a.Hk, j0 = first * block;
     const Place at = this->place(head / a.Hk, 0);
     const int64_t m = std::min(count * block, at.Tk - j0);
     if (m < 1) return;
-    this->copy_rows(a.k, at.s, h, at.k0 + j0, m, a.D, to.keys + j0 * this->width(a.D));
+    this->copied(a.k, at.s, h, at.k0 + j0, m, a.D, to.keys + j0 * this->width(a.D));
     this->pack_over(a.v, at, h, at.k0 + j0, m, a.E, {to.values.panels + j0 * L, to.values.matrix});
   }
 
@@ -125,7 +127,7 @@ public:
 
   void operator()() {
     const int64_t Tk = this->longest_k(), Tq = this->longest_q(), kv_heads = a.B * a.Hk, group = this->group();
-    const bool by_heads = kv_heads >= 2 * a.threads || a.threads == 1;
+    const bool by_heads = kv_heads >= 8 * a.threads || a.threads == 1; // else threads would wait for the last head
     Arena &arena = this->arena;
     std::vector<Head> heads(by_heads ? a.threads : kv_heads);
     for (Head &h : heads) h = {arena.take<P>(Tk * this->width(a.D)), take_panels<P>(arena, a.E, 1, Tk)};
