@@ -110,11 +110,13 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
           store_words(
               w.turned + j * block + i * depth,
               pair_words(operands(w.dscores, j) + i, j + 1 < b.m ? operands(w.dscores, j + 1) + i : nullptr, L));
-    if (q.dscores)
-      for (int64_t i = 0; i < b.n; i++) {
-        T *const to = static_cast<T *>(q.dscores) + (((at.s * a.Hq) + at.h) * a.Tq + b.i0 + i) * a.Tk + b.j0;
-        for (int64_t j = 0; j < b.m; j++) store(to + j, load(operands(w.dscores, j) + i, 1), 1);
-      }
+  }
+  // Once a block, though blocks are walked twice: two threads must not write one place, be it the same value.
+  void write_dscores(const Place &at, const Block &b, const Scratch &w) const {
+    for (int64_t i = 0; i < b.n; i++) {
+      T *const to = static_cast<T *>(q.dscores) + (((at.s * a.Hq) + at.h) * a.Tq + b.i0 + i) * a.Tk + b.j0;
+      for (int64_t j = 0; j < b.m; j++) store(to + j, load(operands(w.dscores, j) + i, 1), 1);
+    }
   }
 
   void add_dkv(const Place &at, const Block &b, const Queries &h, Scratch &w) const {
@@ -157,6 +159,7 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
         const Block b{i * block, std::min(block, at.Tq - i * block), j0, m};
         differentiate(at, b, heads[h], keys, values, w);
         add_dkv(at, b, heads[h], w);
+        if (q.dscores) write_dscores(at, b, w);
         if (dq) add_dq(at, b, k, w, dq + (h * this->longest_q() + b.i0) * D_wide());
       }
     }
