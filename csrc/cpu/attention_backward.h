@@ -13,91 +13,74 @@
 
 namespace gk {
 
-template <class T, class P> class AttentionBackward : Attention<T, P> {
-  using Base = Attention<T, P>;
-  using Base::a;
-  using Base::block;
-  using Base::depth;
-  using Base::dropout;
-  using Base::infinity;
-  using Base::L;
-  using typename Base::Ahead;
-  using typename Base::Block;
-  using typename Base::F;
-  using typename Base::Interval;
-  using typename Base::Rows;
-  using typename Base::V;
+template <class T, class P> class AttentionBackward : Attention {
+  using F = Real<T>;
+  using V = Vec<F>;
+  static constexpr int L = lanes<T>, depth = Dot<P>::depth;
 
-  const AttentionBackwardArgs &q;
+  const AttentionBackwardArgs &q; // a, and what this direction has besides
+  const Dropout<F> dropout{q.p, q.seed};
 
-  // What is packed of a head of queries, and of one of keys.
-  struct Queries {
+  struct Queries { // of a head
     Packed<P> q_along, q_over, dout_along, dout_over;
-    F *lse, *delta; // [Tq rounded up]; lse to base 2, infinite where nothing was seen, so that probabilities are 0
-  };
-  struct Keys {
-    Packed<P> over;
+    F *lse, *delta; // [Tq in whole vectors]; lse to base 2, infinite where nothing was seen: probabilities are 0 there
   };
   struct Scratch {
-    P *keys, *values;         // [block, width] where they cannot be read as they are
+    Rows<P> keys, values;     // of a block, where they cannot be read as they are
     F *probability, *dscores; // [block of keys, block of queries]; then operands P M and dS, rows as far apart
     P *turned;                // dS with the keys of a sum step side by side, where that is another order
     F *factors;               // [block of keys, block of queries] of dropout
-    F *dk, *dv;               // [block, width]
-    F *dq;                    // [Tq or block, width]
-    Ahead ahead;
+    F *dk, *dv;               // [block, D or E in whole vectors]
+    F *dq;                    // [queries of a block, or of all heads that one of keys serves; D in whole vectors]
+    Ahead ahead{};
   };
 
-  int64_t E_wide() const { return vectors<T>(a.E) * L; }
-  int64_t D_wide() const { return vectors<T>(a.D) * L; }
+  int64_t D_wide() const { return whole_vectors<T>(a.D); }
+  int64_t E_wide() const { return whole_vectors<T>(a.E); }
 
-  void prepare(const Place &at, const Queries &to) const {
+  void pack_queries(const Place &at, const Queries &to) const {
+    const Rows<T> rows = queries<T>(a.q, at, a.D), dout = queries<T>(q.dout, at, a.E);
+    pack_along(rows, to.q_along), pack_over(rows, to.q_over);
+    pack_along(dout, to.dout_along), pack_over(dout, to.dout_over);
+    const Rows<T> out = queries<T>(q.out, at, a.E);
+    const F *const lse = static_cast<const F *>(a.lse) + lse_at(at, 0);
+    const F *const dlse = q.dlse ? static_cast<const F *>(q.dlse) + lse_at(at, 0) : nullptr;
     for (int64_t i = 0; i < at.Tq; i += L) {
-      const int64_t n = at.Tq - i, from = this->lse_at(at, i);
-      V sums[L]; // of a row each, until they are turned
-      for (int r = 0; r < L; r++) {
-        sums[r] = 0;
-        if (r >= n) continue;
-        const T *o = this->row(q.out, at.s, at.h, at.q0 + i + r), *d = this->row(q.dout, at.s, at.h, at.q0 + i + r);
-        for (int64_t c = 0; c < a.E; c += L) sums[r] += load(o + c, a.E - c) * load(d + c, a.E - c);
-      }
-      transpose(sums);
-      for (int r = 1; r < L; r++) sums[0] += sums[r];
-      if (q.dlse) sums[0] = sums[0] - load(static_cast<const F *>(q.dlse) + from, n);
-      sums[0].store(to.delta + i);
+      const int64_t n = std::min<int64_t>(L, at.Tq - i);
+      V delta[L]; // of a row each, until they are turned
       for (int64_t r = 0; r < L; r++) {
-        const F lse = r < n ? static_cast<const F *>(a.lse)[from + r] : -infinity;
-        to.lse[i + r] = lse == -infinity ? infinity : lse * Exp<F>::log2e;
+        delta[r] = 0;
+        for (int64_t c = 0; r < n && c < a.E; c += L)
+          delta[r] += load(out(i + r) + c, a.E - c) * load(dout(i + r) + c, a.E - c);
       }
+      transpose(delta);
+      for (int r = 1; r < L; r++) delta[0] += delta[r];
+      (dlse ? delta[0] - load(dlse + i, n) : delta[0]).store(to.delta + i);
+      const V nothing(-infinity<F>), sum = load(lse + i, n);
+      where(sum == nothing, -nothing, sum * V(Exp<F>::log2e)).store(to.lse + i);
+      std::fill(to.lse + i + n, to.lse + i + L, infinity<F>);
     }
-    this->pack_along(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_along, 0, vectors<T>(at.Tq));
-    this->pack_over(a.q, at, at.h, at.q0, at.Tq, a.D, to.q_over);
-    this->pack_along(q.dout, at, at.h, at.q0, at.Tq, a.E, to.dout_along, 0, vectors<T>(at.Tq));
-    this->pack_over(q.dout, at, at.h, at.q0, at.Tq, a.E, to.dout_over);
   }
 
+  // Row j of a block that has become an operand.
   static P *operands(F *block_of, int64_t j) { return reinterpret_cast<P *>(block_of + j * block); }
 
   // P M and dS of a block.
-  void differentiate(const Place &at, const Block &b, const Queries &h, const Rows &keys, const Rows &values,
+  void differentiate(const Place &at, const Block &b, const Queries &head, const Rows<P> &keys, const Rows<P> &values,
                      Scratch &w) const {
-    const auto from = [&](Matrix<P> m) {
-      m.panels += b.i0 / L * m.panel;
-      return m;
-    };
-    const F by = this->scores(at, b, keys, from(h.q_along.matrix), w.probability, w.ahead) * Exp<F>::log2e;
-    this->products(at, b, values, from(h.dout_along.matrix), w.dscores, w.ahead);
-    if (dropout.on)
-      dropout.factors_down(this->dropout_row(at, b.i0), this->dropout_step(), b.n, b.j0, b.m, w.factors, block);
-    const int64_t wide = vectors<T>(b.n) * L;
+    const F factor = scores(at, b, keys, along_from(head.q_along.matrix, b.i0), w.probability, w.ahead);
+    products(at, b, values, along_from(head.dout_along.matrix, b.i0), w.dscores, w.ahead);
+    if (dropout.on) draw(dropout, at, b, w.factors);
+    const V by = factor * Exp<F>::log2e;
+    const int64_t wide = whole_vectors<T>(b.n);
     for (int64_t j = 0; j < b.m; j++) {
       P *const p = operands(w.probability, j), *const ds = operands(w.dscores, j);
-      const Interval seen = this->queries_in(at, b, j);
-      const int64_t lo = seen.lo / L * L, hi = vectors<T>(seen.hi) * L;
+      const Interval seen = queries_in(at, b, j, 1).groups(L);
+      const int64_t lo = seen.lo * L, hi = seen.hi * L;
       for (int64_t i = lo; i < hi; i += L) {
-        const V x = exp2(V::load(w.probability + j * block + i) * V(by) - V::load(h.lse + b.i0 + i));
+        const V x = exp2(V::load(w.probability + j * block + i) * by - V::load(head.lse + b.i0 + i));
         const V kept = dropout.on ? V::load(w.factors + j * block + i) : V(1);
-        const V d = x * (V::load(w.dscores + j * block + i) * kept - V::load(h.delta + b.i0 + i));
+        const V d = x * (V::load(w.dscores + j * block + i) * kept - V::load(head.delta + b.i0 + i));
         const auto unseen = x == V(0); // says nothing, whatever is there
         store(p + i, where(unseen, V(0), x * kept)), store(ds + i, where(unseen, V(0), d));
       }
@@ -111,148 +94,137 @@ template <class T, class P> class AttentionBackward : Attention<T, P> {
               w.turned + j * block + i * depth,
               pair_words(operands(w.dscores, j) + i, j + 1 < b.m ? operands(w.dscores, j + 1) + i : nullptr, L));
   }
-  // Once a block, though blocks are walked twice: two threads must not write one place, be it the same value.
+  // Once a block, though blocks may be walked twice: two threads must not write one place, be it the same value.
   void write_dscores(const Place &at, const Block &b, const Scratch &w) const {
-    for (int64_t i = 0; i < b.n; i++) {
-      T *const to = static_cast<T *>(q.dscores) + (((at.s * a.Hq) + at.h) * a.Tq + b.i0 + i) * a.Tk + b.j0;
-      for (int64_t j = 0; j < b.m; j++) store(to + j, load(operands(w.dscores, j) + i, 1), 1);
-    }
+    T *const to = static_cast<T *>(q.dscores) + ((at.s * a.Hq + at.hq) * a.Tq + b.i0) * a.Tk + b.j0;
+    for (int64_t i = 0; i < b.n; i += L)
+      for (int64_t j = 0; j < b.m; j += L) {
+        V ds[L];
+        for (int k = 0; k < L; k++) ds[k] = j + k < b.m ? load(operands(w.dscores, j + k) + i) : V(0);
+        transpose(ds);
+        for (int64_t r = 0; r < std::min<int64_t>(L, b.n - i); r++) store(to + (i + r) * a.Tk + j, ds[r], b.m - j);
+      }
   }
 
-  void add_dkv(const Place &at, const Block &b, const Queries &h, Scratch &w) const {
-    const auto add = [&](F *block_of, const Matrix<P> &over, int64_t width, F *to) {
+  void add_dkv(const Place &at, const Block &b, const Queries &head, Scratch &w) const {
+    const auto add = [&](F *block_of, const Matrix<P> &over, int64_t width, F *sums) {
       product_to(
-          to, vectors<T>(width) * L, true, b.m, this->part(over, b.i0, b.n),
+          sums, whole_vectors<T>(width), true, b.m, over_part(over, b.i0, b.n),
           [=](int64_t j) { return operands(block_of, j); }, depth,
           [&](int64_t first, int64_t count) -> Extent {
-            return {0, vectors<T>(width), this->queries_in(at, b, first).lo / depth,
-                    sum_steps<P>(this->queries_in(at, b, first + count - 1).hi)};
+            const Interval steps = queries_in(at, b, first, count).groups(depth);
+            return {0, vectors<T>(width), steps.lo, steps.hi};
           });
     };
-    add(w.probability, h.dout_over.matrix, a.E, w.dv), add(w.dscores, h.q_over.matrix, a.D, w.dk);
+    add(w.probability, head.dout_over.matrix, a.E, w.dv), add(w.dscores, head.q_over.matrix, a.D, w.dk);
   }
-  void add_dq(const Place &at, const Block &b, const Keys &k, Scratch &w, F *dq) const {
+  void add_dq(const Place &at, const Block &b, const Packed<P> &keys_over, Scratch &w, F *dq) const {
     const P *const from = depth > 1 ? w.turned : operands(w.dscores, 0);
-    this->sums_over_keys(at, b, from, k.over.matrix, a.D, dq, w.ahead);
-  }
-  void write(const Heads &to, const Place &at, int64_t h, int64_t first, int64_t n, const F *from, int64_t width,
-             F scale) const {
-    const int64_t wide = vectors<T>(width) * L;
-    for (int64_t r = 0; r < n; r++) {
-      T *const row = this->row(to, at.s, h, first + r);
-      for (int64_t c = 0; c < width; c += L) store(row + c, V::load(from + r * wide + c) * V(scale), width - c);
-    }
+    add_over_keys(at, b, from, keys_over.matrix, a.D, dq, w.ahead);
   }
 
-  // The block of keys at j0 of head `kv` and all that see it; with `dq` also what it gives to their queries.
-  void keys_block(int64_t s, int64_t kv, int64_t j0, const Queries *heads, const Keys &k, Scratch &w, F *dq) const {
-    const int64_t group = this->group();
-    const Place any = this->place(s, kv * group);
-    const int64_t m = std::min(block, any.Tk - j0);
-    const Rows keys = this->rows(a.k, s, kv, any.k0 + j0, m, a.D, w.keys);
-    const Rows values = this->rows(a.v, s, kv, any.k0 + j0, m, a.E, w.values);
-    std::fill(w.dk, w.dk + m * D_wide(), F(0)), std::fill(w.dv, w.dv + m * E_wide(), F(0));
-    const Interval seen = this->blocks_seen([&](int64_t j) { return this->queries_of(any, j); }, j0, j0 + m);
-    for (int64_t h = 0; h < group; h++) {
-      const Place at = this->place(s, kv * group + h);
+  // Block j of head `kv` of keys and all that see it: dK, dV and the scores' gradients; with `dq` also what it gives to
+  // their queries.
+  void keys_block(int64_t kv, int64_t j, const Queries *heads, const Packed<P> &keys_over, Scratch &w, F *dq) const {
+    const Place any = place(kv, 0);
+    const Rows<P> k_rows = readable(keys<T>(a.k, any, a.D).part(j * block, block), w.keys);
+    const Rows<P> v_rows = readable(keys<T>(a.v, any, a.E).part(j * block, block), w.values);
+    std::fill(w.dk, w.dk + k_rows.count * D_wide(), F(0)), std::fill(w.dv, w.dv + v_rows.count * E_wide(), F(0));
+    const Interval seen = query_blocks(any, j);
+    for (int64_t h = 0; h < group(); h++) {
+      const Place at = place(kv, h);
       for (int64_t i = seen.lo; i < seen.hi; i++) {
-        const Block b{i * block, std::min(block, at.Tq - i * block), j0, m};
-        differentiate(at, b, heads[h], keys, values, w);
+        const Block b = block_at(at, i, j);
+        differentiate(at, b, heads[h], k_rows, v_rows, w);
         add_dkv(at, b, heads[h], w);
         if (q.dscores) write_dscores(at, b, w);
-        if (dq) add_dq(at, b, k, w, dq + (h * this->longest_q() + b.i0) * D_wide());
+        if (dq) add_dq(at, b, keys_over, w, dq + (h * at.Tq + b.i0) * D_wide());
       }
     }
-    write(q.dk, any, kv, any.k0 + j0, m, w.dk, a.D, F(a.scale)), write(q.dv, any, kv, any.k0 + j0, m, w.dv, a.E, F(1));
+    write(w.dk, F(a.scale), keys<T>(q.dk, any, a.D).part(j * block, block));
+    write(w.dv, F(1), keys<T>(q.dv, any, a.E).part(j * block, block));
   }
-  // The block of queries at i0: dQ alone.
-  void queries_block(const Place &at, int64_t i0, const Queries &head, const Keys &k, Scratch &w) const {
-    const int64_t n = std::min(block, at.Tq - i0), kv = at.h / this->group();
-    std::fill(w.dq, w.dq + n * D_wide(), F(0));
-    const Interval seen = this->key_blocks(at, i0);
+  // Block i of queries: dQ alone.
+  void queries_block(const Place &at, int64_t i, const Queries &head, const Packed<P> &keys_over, Scratch &w) const {
+    const Rows<T> dq = queries<T>(q.dq, at, a.D).part(i * block, block);
+    std::fill(w.dq, w.dq + dq.count * D_wide(), F(0));
+    const Interval seen = key_blocks(at, i);
     for (int64_t j = seen.lo; j < seen.hi; j++) {
-      const Block b{i0, n, j * block, std::min(block, at.Tk - j * block)};
-      const Rows keys = this->rows(a.k, at.s, kv, at.k0 + b.j0, b.m, a.D, w.keys);
-      const Rows values = this->rows(a.v, at.s, kv, at.k0 + b.j0, b.m, a.E, w.values);
-      differentiate(at, b, head, keys, values, w);
-      add_dq(at, b, k, w, w.dq);
+      const Block b = block_at(at, i, j);
+      const Rows<P> k_rows = readable(keys<T>(a.k, at, a.D).part(b.j0, b.m), w.keys);
+      const Rows<P> v_rows = readable(keys<T>(a.v, at, a.E).part(b.j0, b.m), w.values);
+      differentiate(at, b, head, k_rows, v_rows, w);
+      add_dq(at, b, keys_over, w, w.dq);
     }
-    write(q.dq, at, at.h, at.q0 + i0, n, w.dq, a.D, F(a.scale));
+    write(w.dq, F(a.scale), dq);
   }
 
-  void expect(int64_t head, Ahead &ahead) const {
-    const int64_t kv = head % a.Hk;
-    const Place at = this->place(head / a.Hk, kv * this->group());
+  // All three gradients of a head of keys and of what it serves.
+  void whole_head(int64_t kv, Queries *heads, const Packed<P> &keys_over, Scratch &w) const {
+    const Place any = place(kv, 0);
+    pack_over(keys<T>(a.k, any, a.D), keys_over);
+    for (int64_t h = 0; h < group(); h++) pack_queries(place(kv, h), heads[h]);
+    expect(place(std::min(kv + a.threads, key_heads() - 1), 0), w.ahead); // what this thread is likely to take next
+    std::fill(w.dq, w.dq + group() * any.Tq * D_wide(), F(0));
+    for (int64_t j = 0; j < blocks(any.Tk); j++) keys_block(kv, j, heads, keys_over, w, w.dq);
+    for (int64_t h = 0; h < group(); h++)
+      write(w.dq + h * any.Tq * D_wide(), F(a.scale), queries<T>(q.dq, place(kv, h), a.D));
+  }
+  void expect(const Place &at, Ahead &ahead) const {
     ahead.restart();
-    ahead.add(this->row(a.k, at.s, kv, at.k0), a.k.t, at.Tk, a.D);
-    ahead.add(this->row(a.v, at.s, kv, at.k0), a.v.t, at.Tk, a.E);
-    ahead.add(this->row(a.q, at.s, at.h, at.q0), a.q.t, at.Tq, a.D);
-    ahead.add(this->row(q.out, at.s, at.h, at.q0), q.out.t, at.Tq, a.E);
-    ahead.add(this->row(q.dout, at.s, at.h, at.q0), q.dout.t, at.Tq, a.E);
+    ahead.add(keys<T>(a.k, at, a.D)), ahead.add(keys<T>(a.v, at, a.E)), ahead.add(queries<T>(a.q, at, a.D));
+    ahead.add(queries<T>(q.out, at, a.E)), ahead.add(queries<T>(q.dout, at, a.E));
   }
 
 public:
-  explicit AttentionBackward(const AttentionBackwardArgs &q) : Base(q), q(q) {}
+  explicit AttentionBackward(const AttentionBackwardArgs &q) : Attention(q), q(q) {}
 
   void operator()() {
-    Arena &arena = this->arena;
-    const int64_t Tk = this->longest_k(), Tq = this->longest_q(), group = this->group(), kv_heads = a.B * a.Hk;
+    const int64_t Tk = longest_k(), Tq = longest_q(), q_blocks = blocks(Tq), k_blocks = blocks(Tk);
     // Blocks cost half as much again as whole heads, which may leave threads without work at the end.
-    const int64_t turns = (kv_heads + a.threads - 1) / a.threads;
-    const bool by_heads = 2 * turns * a.threads <= 3 * kv_heads;
-    const int64_t slots = by_heads ? a.threads : kv_heads; // of packed heads
-    std::vector<Queries> queries(slots * group);
-    for (Queries &h : queries)
-      h = {take_panels<P>(arena, Tq, 1, a.D), take_panels<P>(arena, a.D, 1, Tq), take_panels<P>(arena, Tq, 1, a.E),
-           take_panels<P>(arena, a.E, 1, Tq), arena.take<F>(Tq + block),         arena.take<F>(Tq + block)};
-    std::vector<Keys> keys(slots);
-    for (Keys &k : keys) k = {take_panels<P>(arena, a.D, 1, Tk)};
+    const int64_t turns = (key_heads() + a.threads - 1) / a.threads;
+    const bool by_heads = 2 * turns * a.threads <= 3 * key_heads();
+    const int64_t slots = by_heads ? a.threads : key_heads(); // of packed heads
+    std::vector<Queries> packed_queries(slots * group());
+    for (Queries &h : packed_queries)
+      h = {take_panels<P>(arena, Tq, 1, a.D), take_panels<P>(arena, a.D, 1, Tq),   take_panels<P>(arena, Tq, 1, a.E),
+           take_panels<P>(arena, a.E, 1, Tq), arena.take<F>(whole_vectors<T>(Tq)), arena.take<F>(whole_vectors<T>(Tq))};
+    std::vector<Packed<P>> packed_keys(slots);
+    for (Packed<P> &k : packed_keys) k = take_panels<P>(arena, a.D, 1, Tk);
     std::vector<Scratch> scratch(a.threads);
-    const int64_t dq_rows = by_heads ? group * Tq : block;
-    for (Scratch &w : scratch) {
-      w.keys = arena.take<P>(block * this->width(a.D)), w.values = arena.take<P>(block * this->width(a.E));
-      w.probability = arena.take<F>(block * block), w.dscores = arena.take<F>(block * block);
-      w.turned = arena.take<P>(depth > 1 ? block * block : 0);
-      w.factors = arena.take<F>(dropout.on ? block * block : 0);
-      w.dk = arena.take<F>(block * D_wide()), w.dv = arena.take<F>(block * E_wide());
-      w.dq = arena.take<F>(dq_rows * D_wide());
-    }
-    // Head h of the group, or behind them the keys.
-    const auto pack = [&](int64_t head, int64_t h, int64_t slot) {
-      const int64_t kv = head % a.Hk;
-      const Place at = this->place(head / a.Hk, kv * group + std::min(h, group - 1));
-      if (h < group)
-        prepare(at, queries[slot * group + h]);
-      else
-        this->pack_over(a.k, at, kv, at.k0, at.Tk, a.D, keys[slot].over);
-    };
-    const int64_t q_blocks = this->blocks(Tq), k_blocks = this->blocks(Tk);
+    for (Scratch &w : scratch)
+      w = {take_rows<P>(arena, block, a.D),
+           take_rows<P>(arena, block, a.E),
+           arena.take<F>(block * block),
+           arena.take<F>(block * block),
+           arena.take<P>(depth > 1 ? block * block : 0),
+           arena.take<F>(dropout.on ? block * block : 0),
+           arena.take<F>(block * D_wide()),
+           arena.take<F>(block * E_wide()),
+           arena.take<F>((by_heads ? group() * Tq : block) * D_wide())};
     std::atomic<int64_t> packed{0}, first_done{0}, then_done{0};
     Barrier all(a.threads);
     run_team(a.threads, [&](int id) {
       Scratch w = scratch[id];
       if (by_heads)
-        return share(first_done, kv_heads, [&](int64_t head) {
-          const int64_t s = head / a.Hk, kv = head % a.Hk;
-          const Place any = this->place(s, kv * group);
-          for (int64_t h = 0; h <= group; h++) pack(head, h, id);
-          expect(std::min(head + a.threads, kv_heads - 1), w.ahead); // what this thread is likely to take next
-          std::fill(w.dq, w.dq + dq_rows * D_wide(), F(0));
-          for (int64_t j0 = 0; j0 < any.Tk; j0 += block) keys_block(s, kv, j0, &queries[id * group], keys[id], w, w.dq);
-          for (int64_t h = 0; h < group; h++)
-            write(q.dq, any, kv * group + h, any.q0, any.Tq, w.dq + h * Tq * D_wide(), a.D, F(a.scale));
-        });
-      share(packed, kv_heads * (group + 1),
-            [&](int64_t i) { pack(i / (group + 1), i % (group + 1), i / (group + 1)); });
-      all.wait(id);
-      share(first_done, kv_heads * k_blocks, [&](int64_t i) {
-        const int64_t head = i / k_blocks, j0 = i % k_blocks * block, s = head / a.Hk;
-        if (j0 < this->place(s, 0).Tk) keys_block(s, head % a.Hk, j0, &queries[head * group], keys[head], w, nullptr);
+        return share(first_done, key_heads(),
+                     [&](int64_t kv) { whole_head(kv, &packed_queries[id * group()], packed_keys[id], w); });
+      share(packed, key_heads() * (group() + 1), [&](int64_t n) { // heads of queries, and behind them that of keys
+        const int64_t kv = n / (group() + 1), h = n % (group() + 1);
+        if (h < group())
+          pack_queries(place(kv, h), packed_queries[kv * group() + h]);
+        else
+          pack_over(keys<T>(a.k, place(kv, 0), a.D), packed_keys[kv]);
       });
-      share(then_done, kv_heads * group * q_blocks, [&](int64_t i) {
-        const int64_t h = i / q_blocks, i0 = (q_blocks - 1 - i % q_blocks) * block, head = h / group;
-        const Place at = this->place(head / a.Hk, head % a.Hk * group + h % group);
-        if (i0 < at.Tq) queries_block(at, i0, queries[h], keys[head], w);
+      all.wait(id);
+      share(first_done, key_heads() * k_blocks, [&](int64_t n) {
+        const int64_t kv = n / k_blocks, j = n % k_blocks;
+        if (j * block < place(kv, 0).Tk) keys_block(kv, j, &packed_queries[kv * group()], packed_keys[kv], w, nullptr);
+      });
+      share(then_done, key_heads() * group() * q_blocks, [&](int64_t n) {
+        const int64_t head = n / q_blocks, i = q_blocks - 1 - n % q_blocks, kv = head / group();
+        const Place at = place(kv, head % group());
+        if (i * block < at.Tq) queries_block(at, i, packed_queries[head], packed_keys[kv], w);
       });
     });
   }

@@ -1,6 +1,6 @@
 // What bindings.cpp calls: the drivers, one instance per storage type.
 #pragma once
-#include "attention.h"
+#include "attention_args.h"
 #include "causal_conv.h"
 #include "entry.h"
 #include "residual_norm.h"
