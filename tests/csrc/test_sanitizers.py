@@ -241,8 +241,9 @@ def test_memory_of_layers(program):
     walk(program, seed=1, cells=())
 
 
-@programs("layers_walk", "thread", ISAS[-1:], ("float", "bfloat16"))
+@programs("layers_walk", "thread", ISAS, ("float", "bfloat16"))
 def test_threads_of_layers(program):
+    """In the base too: the sanitizer does not see what is stored by mask."""
     walk(program, seed=3, cells=())
 
 
