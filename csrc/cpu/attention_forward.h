@@ -30,7 +30,7 @@ template <class T, class P> class AttentionForward : Attention {
     Ahead ahead{};
   };
 
-  // Block j.
+  // Block j of keys and values.
   void pack(const Place &at, int64_t j, const Head &to) const {
     const int64_t j0 = j * block;
     copy(keys<T>(a.k, at, a.D).part(j0, block), to.keys.part(j0, block));
@@ -60,7 +60,8 @@ template <class T, class P> class AttentionForward : Attention {
     }
   }
 
-  // Scores times `by` become powers of two, up to a factor that the row's end divides out.
+  // Scores times `by`, less what is taken away, become powers of two: probabilities up to a factor, by which attend
+  // divides in the end. The operand of the second product, which lies where the scores were.
   const P *soften(const Place &at, const Block &b, F by, const Scratch &w) const {
     P *const packed = reinterpret_cast<P *>(w.scores); // written where everything has been read
     for (int64_t i = 0; i < b.n; i += L) {
