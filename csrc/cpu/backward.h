@@ -131,10 +131,16 @@ template <class Cell, class T, class P> class Backward {
   V given(int k, int64_t i, int64_t b, int64_t v, int64_t n) const {
     return q.dseq[k] ? load(at(q.dseq[k]) + q.token(i, b) * n + v * L, n - v * L) : V(0);
   }
-  void put(const Ring<P> *ring, void *out, int64_t i, int64_t b, int64_t column, V d, int64_t m,
-           int64_t out_width) const {
-    if (ring) store(ring->row(place[i] + b) + column, d, m);
-    if (out) store(at(out) + q.token(i, b) * out_width + column, d, m);
+  // n values of a unit, a plane of H each.
+  template <int n>
+  GK_ALWAYS_INLINE void put(const Ring<P> *ring, void *out, int64_t i, int64_t b, int64_t column, const V *d, int64_t m,
+                            int64_t out_width) const {
+    const auto all = [&](auto *to) GK_ALWAYS_INLINE {
+#pragma GCC unroll 16
+      for (int k = 0; k < n; k++) store(to + k * q.H, d[k], m);
+    };
+    if (ring) all(ring->row(place[i] + b) + column);
+    if (out) all(at(out) + q.token(i, b) * out_width + column);
   }
   // A round of the early adjoint of the last gates or of the step itself; dv: adjoint of the operand.
   template <class Function, int k>
@@ -152,8 +158,8 @@ template <class Cell, class T, class P> class Backward {
       V operand, dr[Q];
       evaluate<Cell, Function>(Round<k>{}, known, kept, mean, operand, dr);
       const int64_t unit = v * L, m = q.H - unit;
-      for (int g = 0; g < Q; g++) put(&ring_r, nullptr, i, b, K1 + g * q.H + unit, dr[g], m, K);
-      put(&ring_v, q.v, i, b, unit, operand, m, q.H);
+      put<Q>(&ring_r, nullptr, i, b, K1 + unit, dr, m, K);
+      put<1>(&ring_v, q.v, i, b, unit, &operand, m, q.H);
     } else
       finish(i, b, v, known, kept, mean, norm);
   }
@@ -178,16 +184,17 @@ template <class Cell, class T, class P> class Backward {
     extra.then([&](auto &...groups) GK_ALWAYS_INLINE {
       evaluate<Cell, Step>(Round<Step::Rounds::count>{}, given, kept, mean, dx, dr, ds, groups..., total);
     });
-    for (int g = 0; g < G; g++) {
-      const bool known = g >= G - Q; // written before the second product, which others may still be reading
-      put(split || !known ? &ring_x : nullptr, q.dgates, i, b, g * q.H + unit, dx[g], m, K);
-      if (split) put(known ? nullptr : &ring_r, q.dr, i, b, g * q.H + unit, dr[g], m, K);
+    // Those of the last gates were written before the second product, which others may still be reading.
+    put<G - Q>(&ring_x, q.dgates, i, b, unit, dx, m, K);
+    put<Q>(split ? &ring_x : nullptr, q.dgates, i, b, K1 + unit, dx + (G - Q), m, K);
+    if (split) put<G - Q>(&ring_r, q.dr, i, b, unit, dr, m, K);
+    if (split) put<Q>(nullptr, q.dr, i, b, K1 + unit, dr + (G - Q), m, K);
+    if (Cell::P > 0 && q.dparams) {
+      F *const sum = dp_rows + (((place[i] >= room) * q.B + b) * NV + v) * Cell::P * L;
+#pragma GCC unroll 16
+      for (int k = 0; k < Cell::P; k++) (V::load(sum + k * L) + extra.p[k]).store(sum + k * L);
     }
-    for (int k = 0; k < Cell::P; k++) {
-      F *const sum = dp_rows + ((((place[i] >= room) * q.B + b) * NV + v) * Cell::P + k) * L;
-      if (q.dparams) (V::load(sum) + extra.p[k]).store(sum);
-      put(nullptr, q.dp, i, b, k * q.H + unit, extra.p[k], m, Cell::P * q.H);
-    }
+    put<Cell::P>(nullptr, q.dp, i, b, unit, extra.p, m, Cell::P * q.H);
     if (Cell::D && i >= q.skip) extra.d[0].store(owed_at(i, b, v));
     for (int k = q.w_hr ? 1 : 0; k < S; k++) {
       ds[k].store(carry_at(k, b, v));
@@ -228,7 +235,7 @@ template <class Cell, class T, class P> class Backward {
       if (Cell::D && b < q.rows_at(i + q.skip)) dh += V::load(owed_at(i, b, v));
       if (q.clip > 0) dh = at_least(at_most(dh, V(q.clip)), V(-q.clip));
       if (q.w_hr) {
-        put(&ring_h, q.dproj, i, b, v * L, dh, q.R - v * L, q.R);
+        put<1>(&ring_h, q.dproj, i, b, v * L, &dh, q.R - v * L, q.R);
         V(0).store(carry_at(0, b, v));
         if (norm) norm[0].add(dh, q.R - v * L, b);
         return;
