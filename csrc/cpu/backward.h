@@ -32,6 +32,7 @@ template <class Cell, class T, class P> class Backward {
   const int64_t width = std::max(NV, RV) * L;
   Arena &arena = Arena::of_this_thread();
   Team team;
+  const int64_t blocks = (q.B + team.block - 1) / team.block; // of rows
   Packed<P> w_ih, w_first, w_second, w_hr;
   F *carry;                          // [S, B, width] adjoints on their way to the step before, each thread its own
   F *reached;                        // [B, width] what reaches the output in this step, where it is needed again
@@ -48,7 +49,7 @@ template <class Cell, class T, class P> class Backward {
   Factor<P> x, h, v, raw;
   Weights<T> dw_ih, dw_hh, dw_hr;
   F *db_x, *db_r;            // [K] each
-  F *dp_rows, *dp;           // [2, B, NV, P, L] of each row in a chunk, [NV, P, L] of all
+  F *dp_rows, *dp;           // [2, blocks of rows, NV, P, L] of a chunk, [NV, P, L] of all
   std::vector<P *> pairs;    // of a thread: adjoints of a chunk, two tokens side by side
   std::vector<double> norms; // [walking threads, T, S]
 
@@ -165,15 +166,15 @@ template <class Cell, class T, class P> class Backward {
   }
   // All of it, for the rows that this thread has to itself; others have made the products.
   template <class Function> void whole_rows(const Part &p, int64_t i, int64_t last, Norm<F> *norm) const {
-    const Share &own = shares[p.id];
     p.meet();
-    for (int64_t b = own.b0; b < last; b += own.stride)
+    shares[p.id].each_row(last, [&](int64_t b) {
       rounds[p.id].template row<Function>([&](auto round, int64_t v, V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
         Unit u;
         gather(p, i, b, v, V::load(reached_at(b, v)), u);
         const V dv = Q ? V::load(second_at(b, v)) : V(0);
         run<Function, number(round)>(i, b, v, u, dv, kept, mean, out, norm);
       });
+    });
   }
   template <class Given>
   GK_ALWAYS_INLINE void finish(int64_t i, int64_t b, int64_t v, const Given &given, V *kept, const V *mean,
@@ -190,7 +191,7 @@ template <class Cell, class T, class P> class Backward {
     if (split) put<G - Q>(&ring_r, q.dr, i, b, unit, dr, m, K);
     if (split) put<Q>(nullptr, q.dr, i, b, K1 + unit, dr + (G - Q), m, K);
     if (Cell::P > 0 && q.dparams) {
-      F *const sum = dp_rows + (((place[i] >= room) * q.B + b) * NV + v) * Cell::P * L;
+      F *const sum = dp_rows + (((place[i] >= room) * blocks + b / team.block) * NV + v) * Cell::P * L;
 #pragma GCC unroll 16
       for (int k = 0; k < Cell::P; k++) (V::load(sum + k * L) + extra.p[k]).store(sum + k * L);
     }
@@ -346,15 +347,15 @@ template <class Cell, class T, class P> class Backward {
           });
     }
   }
-  // Adjoints of parameters: what the rows of a chunk have come to, row after row.
+  // Adjoints of parameters: what the rows of a chunk have come to, block after block.
   void add_rows(int parity, int id) const {
     const int64_t n = Cell::P * NV;
     for (int64_t u = n * id / team.size; u < n * (id + 1) / team.size; u++) {
       V sum = V::load(dp + u * L);
-      for (int64_t b = 0; b < q.B; b++) {
-        F *const row = dp_rows + ((parity * q.B + b) * n + u) * L;
-        sum += V::load(row);
-        V(0).store(row);
+      for (int64_t k = 0; k < blocks; k++) {
+        F *const block = dp_rows + ((parity * blocks + k) * n + u) * L;
+        sum += V::load(block);
+        V(0).store(block);
       }
       sum.store(dp + u * L);
     }
@@ -383,7 +384,8 @@ template <class Cell, class T, class P> class Backward {
     const int threads = q.norms ? q.threads : Crowd::threads(q.threads, step); // norms are summed thread by thread
     const Grid grid = choose_grid(worth(threads, step), q.B, vectors<T>(std::min(q.H, q.R)), max_rows<1>,
                                   recurrent ? G * q.H * q.head() * int64_t(sizeof(P)) : 0);
-    return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)), apart<Cell>(q, grid.units));
+    return Team(q, grid, std::max(grid.rows * grid.units, worth(threads, after / 16)), apart<Cell>(q, grid.units),
+                block_of_rows<Cell>(q.B));
   }
 
 public:
@@ -400,7 +402,7 @@ public:
     pulled = q.heads > 1 ? arena.take<F>(q.B * width) : nullptr;
     owed = Cell::D && q.skip < q.T ? arena.take<F>(q.skip * q.B * width) : nullptr;
     for (int id = 0; team.walks(id); id++) {
-      shares.push_back(Share::of<Cell>(team.part(id, NV, RV), team.grid.units, NV));
+      shares.push_back(Share::of<Cell>(team.part(id, NV, RV), team.grid.units, NV, team.block));
       if (Cell::means) rounds.emplace_back(arena, q.H);
       if (Cell::M) masks.emplace_back(q, shares[id], arena);
     }
@@ -408,7 +410,7 @@ public:
     ring_r = split ? Ring<P>::take(arena, 2 * room, K) : ring_x;
     if (Q) ring_v = Ring<P>::take(arena, 2 * room, q.H);
     if (q.w_hr) ring_h = Ring<P>::take(arena, 2 * room, q.R);
-    dp_rows = q.dparams ? arena.zeros<F>(2 * q.B * Cell::P * NV * L) : nullptr;
+    dp_rows = q.dparams ? arena.zeros<F>(2 * blocks * Cell::P * NV * L) : nullptr;
     dp = q.dparams ? arena.zeros<F>(Cell::P * NV * L) : nullptr;
     if (q.dw_ih) x = Factor<P>::take(arena, room, q.I), dw_ih = Weights<T>::take(arena, q.dw_ih, K, q.I);
     if (q.dw_hh) h = Factor<P>::take(arena, room, q.R), dw_hh = Weights<T>::take(arena, q.dw_hh, K, q.head());

@@ -174,9 +174,8 @@ template <class Cell, class T, class P> class Forward {
   }
   // All of it, for the rows that this thread has to itself; others have made the products.
   template <class Function> void whole_rows(const Part &p, int64_t i, int64_t last) const {
-    const Share &own = shares[p.id];
     p.meet();
-    for (int64_t b = own.b0; b < last; b += own.stride)
+    shares[p.id].each_row(last, [&](int64_t b) {
       rounds[p.id].template row<Function>([&](auto round, int64_t v, V *kept, const V *mean, V *out) GK_ALWAYS_INLINE {
         Unit u;
         gather(p, i, b, v, u);
@@ -184,6 +183,7 @@ template <class Cell, class T, class P> class Forward {
         for (int g = 0; g < G; g++) u.r[g] = recurrent ? products_of(b, v)[g] : V(0);
         run<Function, number(round)>(i, b, v, u, kept, mean, out);
       });
+    });
   }
 
   GK_ALWAYS_INLINE void finish(int64_t i, int64_t b, int64_t v, const Unit &u, V *kept, const V *mean) const {
@@ -258,7 +258,7 @@ template <class Cell, class T, class P> class Forward {
     const int64_t step = work_of_a_step<Cell>(q);
     const Grid grid = choose_grid(worth(Crowd::threads(q.threads, step), step), q.B, vectors<T>(q.H), max_rows<G>,
                                   weights * int64_t(sizeof(P)));
-    return Team(q, grid, grid.rows * grid.units, apart<Cell>(q, grid.units));
+    return Team(q, grid, grid.rows * grid.units, apart<Cell>(q, grid.units), block_of_rows<Cell>(q.B));
   }
 
 public:
@@ -286,7 +286,7 @@ public:
     products = again ? arena.take<V>(q.B * NV * G) : nullptr;
     for (int id = 0; id < team.size; id++) {
       parts.push_back(team.part(id, NV, RV));
-      shares.push_back(Share::of<Cell>(parts[id], team.grid.units, NV));
+      shares.push_back(Share::of<Cell>(parts[id], team.grid.units, NV, team.block));
       if (Cell::means) rounds.emplace_back(arena, q.H);
       if (Cell::M) masks.emplace_back(q, shares[id], arena);
     }

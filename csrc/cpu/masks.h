@@ -38,13 +38,12 @@ public:
 
   void once() {
     for (int k = 0; k < M; k++)
-      for (int64_t b = own.b0; b < own.b1 && drawn(k, Noise::fixed); b += own.stride) fill(k, b, uint64_t(q.column(b)));
+      if (drawn(k, Noise::fixed)) own.each_row(own.b1, [&](int64_t b) { fill(k, b, uint64_t(q.column(b))); });
   }
   void draw(int64_t i) {
-    const int64_t last = std::min(own.b1, q.rows_at(i));
     for (int k = 0; k < M; k++)
-      for (int64_t b = own.b0; b < last && drawn(k, Noise::token); b += own.stride)
-        fill(k, b, uint64_t(q.first_number + q.token(i, b)));
+      if (drawn(k, Noise::token))
+        own.each_row(q.rows_at(i), [&](int64_t b) { fill(k, b, uint64_t(q.first_number + q.token(i, b))); });
   }
   V at(int k, int64_t i, int64_t b, int64_t v) const {
     const Noise &noise = q.noise[k];

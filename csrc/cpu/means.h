@@ -11,16 +11,21 @@ template <class V> inline V within(V x, int64_t n) { // the first n lanes, else 
   return x;
 }
 
-// What a thread does of a step once the products are there: rows b0, b0 + stride .. of its group and vectors [v0, v1)
-// of units. That is its part of the products, unless there are means: then it is whole rows.
+// What a thread does of a step once the products are there: rows of its group, every stride-th block of them, and
+// vectors [v0, v1) of units. That is its part of the products, unless there are means: then it is whole rows.
 struct Share {
-  int64_t b0, b1, stride, v0, v1;
-  template <class Cell> static Share of(const Part &p, int units, int64_t NV) {
-    if (Cell::means) return {p.b0 + p.slice, p.b1, units, 0, NV};
-    return {p.b0, p.b1, 1, p.v0, p.v1};
+  int64_t b0, b1, block, stride, v0, v1;
+  template <class Cell> static Share of(const Part &p, int units, int64_t NV, int64_t block) {
+    if (Cell::means) return {p.b0 + p.slice * block, p.b1, block, units * block, 0, NV};
+    return {p.b0, p.b1, block, block, p.v0, p.v1};
   }
-  int64_t rows() const { return std::max<int64_t>(0, (b1 - b0 + stride - 1) / stride); }
-  int64_t place(int64_t b) const { return (b - b0) / stride; }
+  template <class Each> void each_row(int64_t last, Each each) const { // below `last`
+    last = std::min(last, b1);
+    for (int64_t first = b0; first < last; first += stride)
+      for (int64_t b = first; b < std::min(first + block, last); b++) each(b);
+  }
+  int64_t rows() const { return b0 < b1 ? place(b1 - 1) + block : 0; }
+  int64_t place(int64_t b) const { return (b - b0) / stride * block + (b - b0) % stride; }
 };
 
 // The values that functions F of a cell leave from round to round, of one row; each thread has its own.

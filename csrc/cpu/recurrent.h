@@ -69,6 +69,9 @@ struct BackwardArgs : Sequence {
   double clip;                   // bound of what reaches h, or 0
 };
 
+// Rows that one thread has together: adjoints of parameters are summed block by block, whatever the number of threads.
+template <class Cell> int64_t block_of_rows(int64_t B) { return Cell::P > 0 ? std::clamp<int64_t>(B / 8, 1, 4) : 1; }
+
 // Rows x units: `rows` groups that never meet, each of `units` threads that exchange the state once per step.
 struct Grid {
   int rows = 1, units = 1;
@@ -112,16 +115,17 @@ template <class T, class Each> void by_heads(const Sequence &q, int64_t v0, int6
   }
 }
 
-// Where each group of rows begins, so that all have about the same number of tokens.
-inline std::vector<int64_t> cut_rows(const Sequence &q, int groups) {
+// Where each group of rows begins, so that all have about the same number of tokens and blocks stay together.
+inline std::vector<int64_t> cut_rows(const Sequence &q, int groups, int64_t block) {
   std::vector<int64_t> cut(groups + 1, 0), ends(q.B + 1, 0);
   for (int64_t b = 0, t = q.T; b < q.B; b++) { // ends[b]: tokens of the rows before b
     while (t > 0 && q.rows && q.rows[t - 1] <= b) t--;
     ends[b + 1] = ends[b] + t;
   }
-  for (int p = 1; p < groups; p++)
-    cut[p] = std::max(cut[p - 1],
-                      int64_t(std::lower_bound(ends.begin(), ends.end(), ends[q.B] * p / groups) - ends.begin()));
+  for (int p = 1; p < groups; p++) {
+    const int64_t even = std::lower_bound(ends.begin(), ends.end(), ends[q.B] * p / groups) - ends.begin();
+    cut[p] = std::max(cut[p - 1], even / block * block);
+  }
   cut[groups] = q.B;
   return cut;
 }
@@ -142,10 +146,12 @@ struct Part {
 struct Team {
   int size;
   Grid grid;
+  int64_t block; // rows that stay together
   std::vector<int64_t> cut;
   std::deque<Barrier> groups;
   Barrier all;
-  Team(const Sequence &q, Grid g, int size, bool apart) : size(size), grid(g), cut(cut_rows(q, g.rows)), all(size) {
+  Team(const Sequence &q, Grid g, int size, bool apart, int64_t block)
+      : size(size), grid(g), block(block), cut(cut_rows(q, g.rows, block)), all(size) {
     for (int k = 0; k < g.rows; k++) groups.emplace_back(apart ? 1 : g.units);
   }
   ~Team() {
