@@ -1,8 +1,7 @@
 // What every cell of cells.gen.h has in common, and how its functions are called whatever groups they take.
 #pragma once
+#include "vec.h"
 #include <tuple>
-
-#define GK_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace gk {
 

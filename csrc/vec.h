@@ -4,12 +4,15 @@
 // One text for SSE2, AVX2, AVX-512 and NEON: the width is the build's. Needs -ffp-contract=fast -fno-math-errno
 // -fno-trapping-math and must not be built with -ffast-math, because NaN and Inf have to travel.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#define GK_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace gk {
 
@@ -267,6 +270,36 @@ inline Short encode(Vec<float> x, half) {
   Short s;
   for (int i = 0; i < Vec<float>::size; i++) s[i] = float_to_half(x.v[i]);
   return s;
+#endif
+}
+
+// The first n lanes, else zero.
+template <class T> inline Vec<T> within(Vec<T> x, int64_t n) {
+  using V = Vec<T>;
+  typename V::Bits lane;
+  for (int i = 0; i < V::size; i++) lane[i] = i;
+  return n >= V::size ? x : V((typename V::Raw)((lane < typename V::Int(n)) & (typename V::Bits)x.v));
+}
+
+// The same values in double, in as many vectors as they take. Compilers go through memory for it.
+inline std::array<Vec<double>, 1> in_double(Vec<double> x) { return {x}; }
+inline std::array<Vec<double>, 2> in_double(Vec<float> x) {
+#if defined(__AVX512F__)
+  const auto half = [&](auto k) {
+    const __m512d all = _mm512_castps_pd(x.v);
+    const __m256d part = _mm512_maskz_extractf64x4_pd(__mmask8(-1), all, decltype(k)::value);
+    return Vec<double>(_mm512_maskz_cvtps_pd(__mmask8(-1), _mm256_castpd_ps(part)));
+  };
+  return {half(std::integral_constant<int, 0>()), half(std::integral_constant<int, 1>())};
+#elif defined(__AVX2__)
+  return {Vec<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))),
+          Vec<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)))};
+#else
+  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+  Half part[2];
+  std::memcpy(part, &x.v, sizeof x.v);
+  return {Vec<double>(__builtin_convertvector(part[0], Vec<double>::Raw)),
+          Vec<double>(__builtin_convertvector(part[1], Vec<double>::Raw))};
 #endif
 }
 

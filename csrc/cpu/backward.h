@@ -252,8 +252,20 @@ template <class Cell, class T, class P> class Backward {
       for (int64_t k = 0; k < hi - lo; k++)
         for (int64_t v = p.r0; v < p.r1; v++) each(k, v, nullptr);
   }
+  // What `gather` reads in a step, and no step before it has: asked for while that one computes.
+  void ask(int64_t i, int64_t b, int64_t v) const {
+    if (b >= q.rows_at(i)) return;
+    const int64_t token = q.token(i, b), unit = v * L;
+#pragma GCC unroll 32
+    for (int k = 0; k < A; k++) prefetch(at(q.acts) + (token * A + k) * q.H + unit);
+    for (int k = q.w_hr ? 1 : 0; k < S; k++) prefetch(entering(k, i, b, q.H) + unit);
+    if (q.w_hr) prefetch(at(q.raw) + token * q.H + unit);
+    for (int k = 0; k < S; k++)
+      if (q.dseq[k]) prefetch(at(q.dseq[k]) + token * (k ? q.H : q.R) + unit);
+  }
   // All that reaches the output of a unit is known.
   void begin(const Part &p, int64_t i, int64_t b, int64_t v, V dh, Norm<F> *norm) {
+    ask(i - 1, b, v);
     if (again) dh.store(reached_at(b, v));
     if constexpr (!Cell::means) {
       Unit u;

@@ -84,30 +84,17 @@ void add_columns(const P *adjoints, ptrdiff_t stride, int64_t N, int64_t m0, int
 // Sum of squares in double, where the square of any float neither vanishes nor overflows.
 template <class F> struct Norm {
   using D = Vec<double>;
-  static constexpr int halves = sizeof(double) / sizeof(F), apart = 4;
-  D squares[apart][halves] = {}; // an addition would wait for the one before
-  void add(Vec<F> x, int64_t n, int64_t row) {
-    if (n < Vec<F>::size)
-      for (int i = int(n); i < Vec<F>::size; i++) x.v[i] = 0;
-    D *const to = squares[row & (apart - 1)];
-    if constexpr (halves == 2) {
-      typedef float Half __attribute__((vector_size(vector_bytes / 2)));
-      Half part[2];
-      std::memcpy(part, &x.v, sizeof x.v);
-      for (int k = 0; k < 2; k++) {
-        const D d = __builtin_convertvector(part[k], typename D::Raw);
-        to[k] += d * d;
-      }
-    } else
-      *to += x * x;
+  static constexpr int parts = sizeof(double) / sizeof(F), apart = 4;
+  D squares[apart][parts] = {}; // an addition would wait for the one before
+  GK_ALWAYS_INLINE void add(Vec<F> x, int64_t n, int64_t row) {
+    const auto values = in_double(within(x, n));
+    for (int k = 0; k < parts; k++) squares[row & (apart - 1)][k] += values[k] * values[k];
   }
   double sum() const {
     D all = 0;
     for (auto &to : squares)
       for (const D &part : to) all += part;
-    double s = 0;
-    for (int i = 0; i < D::size; i++) s += all.v[i];
-    return s;
+    return gk::sum(all);
   }
 };
 

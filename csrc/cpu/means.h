@@ -6,11 +6,6 @@
 
 namespace gk {
 
-template <class V> inline V within(V x, int64_t n) { // the first n lanes, else zero
-  for (int64_t i = n; i < V::size; i++) x.v[i] = 0;
-  return x;
-}
-
 // What a thread does of a step once the products are there: rows of its group, every stride-th block of them, and
 // vectors [v0, v1) of units. That is its part of the products, unless there are means: then it is whole rows.
 struct Share {
@@ -43,7 +38,7 @@ template <class Cell, class T, class... F> class Rounds {
       each(Round<k>{}, v, values + v * kept, mean, out);
       const int64_t left = H - v * L;
 #pragma GCC unroll 16
-      for (int j = 0; j < more; j++) sum[j] += left < L ? within(out[j], left) : out[j];
+      for (int j = 0; j < more; j++) sum[j] += within(out[j], left);
     }
     for (int j = 0; j < more; j++) mean[known + j] = V(gk::sum(sum[j]) / Real<T>(H));
     if constexpr (f::Rounds::rows[k] > 0) f::call(Row<k>{}, mean);

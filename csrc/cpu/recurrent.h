@@ -41,7 +41,9 @@ struct Sequence {
   int64_t time(int64_t i) const { return reverse ? T - 1 - i : i; }
   int64_t rows_at(int64_t i) const { return i < 0 || i >= T ? 0 : rows ? rows[time(i)] : B; }
   int64_t column(int64_t b) const { return order ? order[b] : b; }
-  int64_t token(int64_t i, int64_t b) const { return (first ? first[time(i)] : time(i) * B) + column(b); }
+  GK_ALWAYS_INLINE int64_t token(int64_t i, int64_t b) const {
+    return (first ? first[time(i)] : time(i) * B) + column(b);
+  }
 };
 
 struct ForwardArgs : Sequence {

@@ -62,11 +62,6 @@ template <class T> class ResidualNorm {
     for (int i = 0; i < L; i++) sum += v.v[i];
     return sum;
   }
-  static V within(V v, int64_t n) { // lanes past the end of a row count nothing
-    if (n >= L) return v;
-    for (int64_t i = n; i < L; i++) v.v[i] = 0;
-    return v;
-  }
   static int64_t room(int64_t N) { return (N + Philox::columns) / Philox::columns * Philox::columns; }
 
   // Rows are handed out in runs, whose number does not depend on the threads.
