@@ -166,6 +166,24 @@ void norm_backward(const std::string &storage, int64_t M, int64_t N, const Addre
   with_storage(storage, [&](auto z) { Layers<decltype(z)>::norm_backward(q); });
 }
 
+void squares(const std::string &storage, int64_t M, int64_t T, int64_t N, const Addresses &addresses, int threads) {
+  SquaresArgs q{M, T, N, nullptr, nullptr, nullptr, threads};
+  Reader r(addresses);
+  r >> q.x >> q.less >> q.out;
+  r.end();
+  py::gil_scoped_release release;
+  with_storage(storage, [&](auto z) { Layers<decltype(z)>::squares(q); });
+}
+
+void joined(const std::string &storage, int64_t N, const Addresses &addresses, int threads) {
+  JoinedArgs q{N, nullptr, nullptr, nullptr, nullptr, threads};
+  Reader r(addresses);
+  r >> q.a >> q.b >> q.sum >> q.out;
+  r.end();
+  py::gil_scoped_release release;
+  with_storage(storage, [&](auto z) { Layers<decltype(z)>::joined(q); });
+}
+
 // Who made this processor, by its own word; empty where it has none.
 std::string vendor() {
 #if defined(__x86_64__)
@@ -189,6 +207,8 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("causal_conv_backward", &conv_backward);
   m.def("residual_norm_forward", &norm_forward);
   m.def("residual_norm_backward", &norm_backward);
+  m.def("squares", &squares);
+  m.def("joined", &joined);
   m.attr("vector_bytes") = vector_bytes;
   m.attr("bf16_dots") = has_bf16_dots();
   m.attr("vendor") = vendor();

@@ -4,6 +4,7 @@
 #include "causal_conv.h"
 #include "entry.h"
 #include "residual_norm.h"
+#include "squares.h"
 #include <string>
 
 namespace gk {
@@ -20,6 +21,8 @@ template <class T> struct Layers {
   static void conv_backward(const ConvBackwardArgs &);
   static void norm_forward(const NormForwardArgs &);
   static void norm_backward(const NormBackwardArgs &);
+  static void squares(const SquaresArgs &);
+  static void joined(const JoinedArgs &);
 };
 
 } // namespace gk

@@ -4,6 +4,7 @@
 #include "causal_conv.h"
 #include "dispatch.h"
 #include "residual_norm.h"
+#include "squares.h"
 
 namespace gk {
 
@@ -21,6 +22,8 @@ template <class T> void Layers<T>::conv_backward(const ConvBackwardArgs &q) {
 }
 template <class T> void Layers<T>::norm_forward(const NormForwardArgs &q) { ResidualNorm<T>::forward(q); }
 template <class T> void Layers<T>::norm_backward(const NormBackwardArgs &q) { ResidualNorm<T>::backward(q); }
+template <class T> void Layers<T>::squares(const SquaresArgs &q) { Squares<T>::run(q); }
+template <class T> void Layers<T>::joined(const JoinedArgs &q) { Squares<T>::joined(q); }
 
 template struct Layers<GK_STORAGE>;
 

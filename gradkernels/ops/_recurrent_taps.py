@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gradkernels.cells import Cell
 from gradkernels.ops._constant import constant
+from gradkernels.ops._squares import squares, squares_packed
 
 ROWS = 4
 # sign (|v - centre| - width) > 0 is saturated: beyond that an activation hands on less than a fifth of its largest derivative.
@@ -63,18 +64,6 @@ def widths(cell: Cell) -> tuple[int, int, int]:
     """How many columns a probe may have: norms; that of x, too; saturation, too, of a cell that has activations."""
     E = len(activations(cell))
     return cell.S + 1, cell.S + 2, cell.S + 2 + (E + 1 if E else 0)
-
-
-def squares(g: Tensor, batch_sizes: Tensor | None = None, time: int = 0) -> Tensor:
-    """[T] in float64: the squared norm of every step of a gradient [T, ..] (steps are dimension `time`), or packed [N, ..]."""
-    if batch_sizes is None:
-        rest = [d for d in range(g.dim()) if d != time]
-        if not rest:
-            return g.to(torch.double).square()
-        return torch.linalg.vector_norm(g, dim=rest, dtype=torch.double).square()
-    token = torch.linalg.vector_norm(g, dim=-1, dtype=torch.double).square()
-    step = torch.repeat_interleave(batch_sizes).to(g.device, non_blocking=True)
-    return token.new_zeros(batch_sizes.shape[0]).index_add(0, step, token)
 
 
 def saturation(
@@ -128,10 +117,12 @@ def measured(
     """All columns of the probe, [T, width]. The gradient of an input that wants none is not there, and counts as 0."""
     if width == cell.S + 1:
         return norms
-    columns = [
-        norms,
-        (norms.new_zeros(norms.shape[0]) if dx is None else squares(dx.detach(), batch_sizes)).unsqueeze(1),
-    ]
+    if dx is None:
+        of_x = norms.new_zeros(norms.shape[0])
+    else:
+        dx = dx.detach()
+        of_x = squares(dx, 0) if batch_sizes is None else squares_packed(dx, batch_sizes)
+    columns = [norms, of_x.unsqueeze(1)]
     if width > cell.S + 2:
         columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))
     return torch.cat(columns, 1)

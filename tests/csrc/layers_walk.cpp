@@ -1,12 +1,13 @@
-// Walks random shapes through attention, residual norm and causal convolution, forward and backward, to be built with
-// sanitizers: layers_walk SEED FIRST LAST runs the cases FIRST .. LAST - 1 of that seed. One line per failure, and a
-// status of 1.
+// Walks random shapes through attention, residual norm and causal convolution, forward and backward, and squared norms,
+// to be built with sanitizers: layers_walk SEED FIRST LAST runs the cases FIRST .. LAST - 1 of that seed. One line per
+// failure, and a status of 1.
 //
 // One storage type a program, GK_STORAGE. What is compared with is written out in double, without blocks and threads.
 #include "../../csrc/cpu/attention_backward.h"
 #include "../../csrc/cpu/attention_forward.h"
 #include "../../csrc/cpu/causal_conv.h"
 #include "../../csrc/cpu/residual_norm.h"
+#include "../../csrc/cpu/squares.h"
 #include "memory.h"
 #include <map>
 #include <string>
@@ -76,6 +77,46 @@ uint32_t word(uint64_t seed, uint64_t row, uint64_t column) {
 double keep(double p, uint64_t seed, uint64_t row, uint64_t column) {
   if (p == 0) return 1;
   return word(seed, row, column) < uint32_t(p * 4294967296.0) ? 0 : 1 / (1 - p);
+}
+
+// ---------------------------------------------------------------- squared norms
+
+void squares(Case &c) {
+  static constexpr int64_t outer[] = {1, 2, 5}, steps[] = {1, 3, 40}, inner[] = {1, 15, 16, 17, 257, 9001};
+  const int64_t M = c.random.of(outer), steps_ = c.random.of(steps), N = c.random.of(inner), all = M * steps_ * N;
+  const int threads = int(1 + c.random.below(5));
+  const double scale = sizeof(T) == 4 && c.random.chance(0.5) ? 1e-30 : 1; // its square is no float
+  const Values x = c.values<T>(all, scale), less = c.values<T>(all, scale);
+  const Buffer bx = stored<T>(x, c.random), bless = stored<T>(less, c.random);
+  const bool subtracts = c.random.chance(0.5);
+  // compared after division by the scale: one allowance for both
+  const auto unscaled = [&](void *p, int64_t n) {
+    for (int64_t i = 0; i < n; i++) static_cast<double *>(p)[i] /= scale * scale;
+  };
+  const auto rounded_difference = [&](double a, double b) { return double(F(F(a) - F(b))); };
+
+  double *const out = static_cast<double *>(c.out<double>("squares", steps_));
+  Squares<T>::run({M, steps_, N, bx.data(), subtracts ? bless.data() : nullptr, out, threads});
+  unscaled(out, steps_);
+  Values want(steps_);
+  for (int64_t i = 0; i < all; i++) {
+    const double v = (subtracts ? rounded_difference(x[i], less[i]) : x[i]) / scale;
+    want[i / N % steps_] += v * v;
+  }
+  c.compare<double>("squares", want, double(M * N) * double(M * N));
+
+  double *const three = static_cast<double *>(c.out<double>("norms of a sum", 3));
+  void *const sum = c.out<T>("sum of two", all);
+  Squares<T>::joined({all, bx.data(), bless.data(), sum, three, threads});
+  unscaled(three, 3);
+  Values both(all), norms(3);
+  for (int64_t i = 0; i < all; i++) {
+    both[i] = x[i] + less[i];
+    const double v = double(F(both[i])) / scale, a = x[i] / scale, b = less[i] / scale;
+    norms[0] += v * v, norms[1] += a * a, norms[2] += b * b;
+  }
+  c.compare<double>("norms of a sum", norms, double(all) * double(all));
+  c.compare<T>("sum of two", both, 1);
 }
 
 // ---------------------------------------------------------------- residual norm
@@ -282,11 +323,13 @@ template <class P> void attention(Case &c) {
 }
 
 template <class P> void walk(Case &c) {
-  switch (c.random.below(4)) {
+  switch (c.random.below(5)) {
   case 0:
     return norm(c);
   case 1:
     return conv<P>(c);
+  case 2:
+    return squares(c);
   default:
     return attention<P>(c);
   }
