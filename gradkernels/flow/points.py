@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradkernels import cells
 from gradkernels.flow.history import Layer
-from gradkernels.flow.taps import Hook, Receive, Send, Tap, first_argument, listening
+from gradkernels.flow.taps import Hook, Receive, Send, Tap, first_argument
 from gradkernels.nn.recurrent import RNNBase
 from gradkernels.ops._recurrent_taps import activations, widths
+from gradkernels.ops._residual_taps import EXIT, RESIDUAL, SUBLAYER, listening
 
 OFF, NORMS, DETAILS = 0, 1, 2  # what a step measures: nothing, the norms of states, everything
 LENGTH = 512  # of a leaf before a sequence has been seen
@@ -170,16 +171,59 @@ class Input(Sequence):
 
 
 class Residual(Point):
-    """A block x -> norm?(x + sublayer(x)): what enters, what leaves, and by which path.
+    """A block x -> norm?(x + sublayer(x)): what enters, what leaves, and by which path, in a leaf as `ops._residual_taps` has it."""
 
-    Before the first norm ("pre") the residual path is the identity: what it hands back is the gradient of the exit. After it
-    ("post") the gradient of the sum is not to be seen, but that of the sublayer's input is, and the rest came past it.
-    """
-
-    def __init__(self, name: str, module: nn.Module, kind: str, pre: bool, sublayer: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, kind: str, pre: bool) -> None:
         super().__init__(name, module)
         self.kind, self.pre = kind, pre
         self.leaf: Tensor | None = None
+
+    def arm(self, level: int) -> None:
+        super().arm(level)
+        module = self.module()
+        if level == OFF or module is None:
+            self.leaf = None
+            return
+        device = next(module.parameters()).device
+        if self.leaf is None or self.leaf.device != device:
+            self.leaf = torch.zeros(4, dtype=torch.double, device=device, requires_grad=True)
+
+    def peek(self) -> Iterator[tuple[int, Tensor]]:
+        if (leaf := self.leaf) is not None and leaf.grad is not None:
+            yield 0, leaf.grad
+
+    def take(self) -> Iterator[tuple[int, Tensor]]:
+        yield from self.peek()
+        if self.leaf is not None:
+            self.leaf.grad = None
+
+    def shapes(self, level: int) -> list[tuple[int, ...]]:
+        return [(4,)]
+
+
+class Probed(Residual):
+    """A block of ours, which measures by itself."""
+
+    @property
+    def leaf(self) -> Tensor | None:
+        module = self.module()  # which makes a new one when it moves to another device
+        return None if module is None else module.probe
+
+    @leaf.setter
+    def leaf(self, value: Tensor | None) -> None:
+        if (module := self.module()) is not None:
+            module.probe = value
+
+
+class Hooked(Residual):
+    """A Transformer layer, as seen from outside.
+
+    Before the first norm ("pre") the residual path hands back the gradient of the exit. After it ("post") the gradient of the sum is
+    not to be seen, but that of the sublayer's input is, and the rest came past it.
+    """
+
+    def __init__(self, name: str, module: nn.Module, kind: str, pre: bool, sublayer: nn.Module) -> None:
+        super().__init__(name, module, kind, pre)
         self.path: list[Tensor] = []  # of the calls that are under way
         self.handles.append(module.register_forward_pre_hook(Hook(self.enter), with_kwargs=True))
         self.handles.append(module.register_forward_hook(Hook(self.leave)))
@@ -189,13 +233,6 @@ class Residual(Point):
     def arm(self, level: int) -> None:
         super().arm(level)
         self.path = []
-        module = self.module()
-        if level == OFF or module is None:
-            self.leaf = None
-            return
-        device = next(module.parameters()).device
-        if self.leaf is None or self.leaf.device != device:
-            self.leaf = torch.zeros(4, dtype=torch.double, device=device, requires_grad=True)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.leaf is None or not listening() or not (args or kwargs):
@@ -215,7 +252,7 @@ class Residual(Point):
         x, call = first_argument(args, kwargs)
         if not isinstance(x, Tensor) or x.numel() != self.path[-1].numel():
             return None
-        return call(Send.apply(x, self.path[-1], None))
+        return call(Send.apply(x, self.path[-1], self.leaf, SUBLAYER))
 
     def leave(self, module: nn.Module, args: tuple, y: Any) -> Any:
         if not self.path:
@@ -223,19 +260,9 @@ class Residual(Point):
         path = self.path.pop()
         if self.leaf is None or not isinstance(y, Tensor):
             return None
-        return Send.apply(y, path if self.pre and path.numel() == y.numel() else None, self.leaf)
-
-    def peek(self) -> Iterator[tuple[int, Tensor]]:
-        if self.leaf is not None and self.leaf.grad is not None:
-            yield 0, self.leaf.grad
-
-    def take(self) -> Iterator[tuple[int, Tensor]]:
-        yield from self.peek()
-        if self.leaf is not None:
-            self.leaf.grad = None
-
-    def shapes(self, level: int) -> list[tuple[int, ...]]:
-        return [(4,)]
+        if self.pre and path.numel() == y.numel():
+            return Send.apply(y, path, self.leaf, RESIDUAL)
+        return Send.apply(y, None, self.leaf, EXIT)
 
 
 def points(model: nn.Module) -> list[Sequence | Residual]:
@@ -254,10 +281,10 @@ def points(model: nn.Module) -> list[Sequence | Residual]:
             found.append(Input(name, module))
         elif isinstance(module, ours.ResidualBlock):
             kind = "attention" if isinstance(module, attention) else "residual"
-            found.append(Residual(name, module, kind, module.norm == "pre", module.sublayer))
+            found.append(Probed(name, module, kind, module.norm == "pre"))
         elif isinstance(module, (*transformers,)):
             layer: Any = module
-            found.append(Residual(name, layer, "transformer", bool(layer.norm_first), layer.self_attn))
+            found.append(Hooked(name, layer, "transformer", bool(layer.norm_first), layer.self_attn))
     return found
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from gradkernels.ops._recurrent_taps import fit, squares
+from gradkernels.ops._recurrent_taps import fit
+from gradkernels.ops._residual_taps import ENTRANCE, RESIDUAL, SUBLAYER, at
+from gradkernels.ops._squares import squares, squares_packed
 
 # ---------------------------------------------------------------- what autograd sees
 
@@ -35,21 +36,21 @@ class Tap(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (batch_sizes,) = ctx.saved_tensors
-        found = squares(g.detach(), batch_sizes, ctx.time)
+        own = g.detach()
+        found = squares(own, ctx.time) if batch_sizes is None else squares_packed(own, batch_sizes)
         return g, fit(torch.stack([found, torch.ones_like(found)], 1), ctx.shape), None, None
 
 
 class Receive(Function):
     """x, unchanged, and a zero that `Send` hands a gradient back through: the entrance of a block.
 
-    The gradient of `probe` [4] is |g|^2 of the entrance, nothing for the exit, then of the two paths that g is the sum of:
-    the residual one and the sublayer's. What `Send` handed back is the one of them that `residual` says; of the residual one, which
-    is the gradient of the exit, `Send` has the square.
+    The gradient is the sum of two paths'. What `Send` handed back is that of the residual one, or of the sublayer's; the rest, and the
+    entrance, are told to `probe`, as in `gradkernels.ops._residual_taps`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probe: Tensor, residual: bool) -> tuple[Tensor, Tensor]:
-        ctx.residual = residual
+        ctx.other = SUBLAYER if residual else RESIDUAL
         ctx.set_materialize_grads(False)
         return x.detach(), x.new_zeros(()).expand(x.shape)
 
@@ -57,54 +58,25 @@ class Receive(Function):
     def backward(ctx: Any, g: Tensor | None, path: Tensor | None) -> Any:
         if g is None:
             return None, None, None
-        here = there = None
+        own = g.detach()
+        found = at(ENTRANCE, squares(own))
         if path is not None:
-            other = g.detach() - path.detach()
-            here, there = (None, other) if ctx.residual else (other, path)
-        return g, squared(g, None, here, there), None
+            found = found + at(ctx.other, squares(own, less=path.detach()))
+        return g, found, None
 
 
 class Send(Function):
-    """x, unchanged; its gradient is also that of `path`, the zero of `Receive`, and its square the exit's in `probe` [4], and with
-    both the residual path's."""
+    """x, unchanged; its gradient is also that of `path`, the zero of `Receive`, and its square is at `place` in `probe`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, path: Tensor | None, probe: Tensor | None) -> Tensor:
-        ctx.path = None if path is None else (path.dtype, path.shape)
+    def forward(ctx: Any, x: Tensor, path: Tensor | None, probe: Tensor, place: int) -> Tensor:
+        ctx.path, ctx.place = None if path is None else (path.dtype, path.shape), place
         return x.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        found = None
-        if ctx.needs_input_grad[2]:
-            found = squared(None, g, None if ctx.path is None else g, None)
-        return g, None if ctx.path is None else g.to(ctx.path[0]).reshape(ctx.path[1]), found
-
-
-def squared(*parts: Tensor | None) -> Tensor:
-    """The squared norm of each in float64, 0 of None.
-
-    For that torch makes a copy in float64 on a CPU, which takes ten times as long as float32 does; that is enough where it comes nowhere
-    near the ends of its range.
-    """
-    parts = tuple(v if v is None else v.detach() for v in parts)
-    some = next(v for v in parts if v is not None)
-    if some.device.type == "cpu" and some.dtype == torch.float32 and not torch.compiler.is_compiling():
-        flat = [v if v is None else v.reshape(-1) for v in parts]
-        found = [None if v is None else torch.dot(v, v).item() for v in flat]
-        if all(s is None or 1e-20 < s < 1e30 for s in found):
-            return torch.tensor([s or 0.0 for s in found], dtype=torch.double)
-    norm = lambda v: torch.linalg.vector_norm(v, dtype=torch.double).square()
-    return torch.stack([some.new_zeros((), dtype=torch.double) if v is None else norm(v) for v in parts])
-
-
-def listening() -> bool:
-    """Autograd, and nothing else, records what runs now."""
-    return (
-        torch.is_grad_enabled()
-        and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
-        and not torch._C._are_functorch_transforms_active()
-    )
+        back = None if ctx.path is None else g.to(ctx.path[0]).reshape(ctx.path[1])
+        return g, back, at(ctx.place, squares(g.detach())), None
 
 
 # ---------------------------------------------------------------- hooks

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradkernels.nn.remake import of, remade, remaking
 from gradkernels.ops import residual_norm
+from gradkernels.ops._residual_taps import Exit, Fork, listening
 from gradkernels.ops.residual_norm import fused
 
 
@@ -73,6 +74,8 @@ class ResidualBlock(nn.Module):
         torch.Size([5, 2, 8])
     """
 
+    probe: Tensor | None = None  # set by a monitor: a float64 leaf [4], see `ops._residual_taps`
+
     def __init__(
         self,
         sublayer: nn.Module,
@@ -103,15 +106,25 @@ class ResidualBlock(nn.Module):
         return self._around(input, lambda x: self.sublayer(x, *args, **kwargs))
 
     def _around(self, input: Tensor, sublayer: Callable[[Tensor], Any]) -> Tensor:
-        p = self.dropout if self.training else 0.0
+        p, residual, probe = self.dropout if self.training else 0.0, input, self.probe
+        if probe is not None and listening():
+            if probe.device != input.device:
+                probe = self.probe = torch.zeros_like(probe, device=input.device, requires_grad=True)
+            residual, input = Fork.apply(input, probe)
+        else:
+            probe = None
         with remaking():
             if self.norm == "pre":
                 norm = partial(normed, eps=self.eps, kind=self.norm_kind)
                 out = sublayer(remade(norm, input, self.weight, self.bias))
-                return added(out[0] if isinstance(out, tuple) else out, input, p)
+                return added(out[0] if isinstance(out, tuple) else out, residual, p)
             out = sublayer(input)
             out = out[0] if isinstance(out, tuple) else out
-            return normed_sum(out, input, self.weight, self.bias, p, self.eps, self.norm_kind)
+            y = normed_sum(out, residual, self.weight, self.bias, p, self.eps, self.norm_kind)
+            return y if probe is None else Exit.apply(y, probe)
+
+    def __getstate__(self) -> dict[str, Any]:  # a monitor watches this object, not its copies
+        return {k: v for k, v in self.__dict__.items() if k != "probe"}
 
 
 def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str = "layer") -> Tensor:
