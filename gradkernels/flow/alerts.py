@@ -147,27 +147,29 @@ class Candidate(NamedTuple):
 
 def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds) -> Iterator[Candidate]:
     """What is wrong in this record, the most fundamental first."""
-    for name, flow in reversed(record.layers.items()):  # in the order of backward, so that the first is where it began
-        if flow.broken:
-            yield Candidate("nonfinite", name, math.nan, math.inf, partial(_nonfinite, flow, layers[name]))
-    if any(flow.broken for flow in record.layers.values()):
+    broken = record.broken
+    for name in reversed(broken):  # in the order of backward, so that the first is where it began
+        yield Candidate("nonfinite", name, math.nan, math.inf, partial(_nonfinite, record, layers[name]))
+    if broken:
         return  # other numbers mean nothing then
     low, high = math.log10(thresholds.vanishing), math.log10(thresholds.exploding)
-    largest = above(record.layers, layers)
-    for name, flow in record.layers.items():
-        layer, reached = layers[name], flow.reached
-        vanishes = reached is not None and reached.start < low
-        if reached is not None and reached.start < low:
-            say = partial(_vanishing, flow, layer, thresholds.vanishing)
+    reaches = {name: reached for name, reached in record.reaches.items() if reached is not None}
+    vanishing = {name for name, reached in reaches.items() if reached.start < low}
+    growing = {name for name, reached in reaches.items() if reached.top > high}
+    largest = above(record.reaches, layers) if growing else {}
+    for name in reaches if vanishing or growing else ():
+        layer, reached = layers[name], reaches[name]
+        if name in vanishing:
+            say = partial(_vanishing, record, layer, thresholds.vanishing)
             yield Candidate("vanishing", name, 10.0**reached.start, thresholds.vanishing, say)
         # Where the loss comes in little by little norms grow without an explosion: it has to be more than comes from above.
-        if reached is not None and reached.top > high and reached.peak > max(0.0, largest[name] + 1):
-            yield Candidate(
-                "exploding", name, 10.0**reached.top, thresholds.exploding, partial(_exploding, flow, layer)
-            )
-        for gate, function in layer.activations if flow.saturation else ():
+        if name in growing and reached.peak > max(0.0, largest[name] + 1):
+            say = partial(_exploding, record, layer)
+            yield Candidate("exploding", name, 10.0**reached.top, thresholds.exploding, say)
+    for name, flow in record.layers.items() if record.detailed else ():
+        for gate, function in layers[name].activations if flow.saturation else ():
             # A gate that stays open or shut is no fault by itself, a long memory is made so; a relu is 0 half of the time.
-            if function == "relu" or (function == "sigmoid" and gate != "h" and not vanishes):
+            if function == "relu" or (function == "sigmoid" and gate != "h" and name not in vanishing):
                 continue
             values = flow.saturation[gate]
             mean = float(values.mean())
@@ -219,8 +221,8 @@ def _plain(text: str) -> tuple[None, str]:
     return None, text
 
 
-def _nonfinite(flow: Flow, layer: Layer) -> tuple[int, str]:
-    for signal, log10 in flow.signals.items():
+def _nonfinite(record: Record, layer: Layer) -> tuple[int, str]:
+    for signal, log10 in record.layers[layer.name].signals.items():
         hit = np.flatnonzero(np.isnan(log10) | np.isposinf(log10))
         if len(hit):  # backward meets it where the recurrence ends
             return int(
@@ -237,7 +239,8 @@ def _through_time(flow: Flow, layer: Layer) -> tuple[str, Any, Callable[[int], i
     return f"dL/d{name}", changes(back)[1][0], lambda k: k if layer.reverse else T - 1 - k
 
 
-def _vanishing(flow: Flow, layer: Layer, threshold: float) -> tuple[int, str]:
+def _vanishing(record: Record, layer: Layer, threshold: float) -> tuple[int, str]:
+    flow = record.layers[layer.name]
     what, change, time = _through_time(flow, layer)
     assert flow.reached is not None
     first, above = flow.reached.last, np.flatnonzero(change >= math.log10(threshold))
@@ -251,7 +254,8 @@ def _vanishing(flow: Flow, layer: Layer, threshold: float) -> tuple[int, str]:
     return time(far + 1), text
 
 
-def _exploding(flow: Flow, layer: Layer) -> tuple[int, str]:
+def _exploding(record: Record, layer: Layer) -> tuple[int, str]:
+    flow = record.layers[layer.name]
     what, change, time = _through_time(flow, layer)
     assert flow.reached is not None
     top = int(np.where(np.isfinite(change), change, -np.inf).argmax())
@@ -277,7 +281,7 @@ class Alerts:
 
     def look(self, record: Record, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True) -> list[Alert]:
         """What this record has and the ones before had not; `keep`: remember it."""
-        broken = self._broken + 1 if any(flow.broken for flow in record.layers.values()) else 0
+        broken = self._broken + 1 if record.broken else 0
         if keep:
             self._broken = broken
         if 0 < broken <= self.skips:

@@ -94,19 +94,45 @@ class Record:
         flows = self.layers.values()
         return 8 + sum(v.size for flow in flows for v in (*flow.signals.values(), *flow.saturation.values()))
 
+    @property
+    def reaches(self) -> dict[str, Reach | None]:
+        """How far the gradient has come in each layer."""
+        return {name: flow.reached for name, flow in self.layers.items()}
 
-def above(flows: dict[str, Flow], layers: Mapping[str, Layer]) -> dict[str, float]:
+    @property
+    def broken(self) -> list[str]:
+        """The layers in which something is no finite number."""
+        return [name for name, flow in self.layers.items() if flow.broken]
+
+    @property
+    def detailed(self) -> bool:
+        """Whether more than the norms of states was measured in layers."""
+        return any(flow.saturation for flow in self.layers.values())
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not (self.layers or self.blocks or self.parameters or self.grad_norm is not None)
+
+    def settle(self) -> None:
+        """Let go of what it shares with other records."""
+
+
+def above(reaches: dict[str, Reach | None], layers: Mapping[str, Layer]) -> dict[str, float]:
     """log10 of the largest norm in any of the layers that come after a layer; its other direction is beside it."""
     found: dict[str, float] = {}
     largest = beside = -math.inf
     place = None
-    for name, flow in reversed(flows.items()):
+    for name, reached in reversed(reaches.items()):
         if place != (place := (layers[name].module, layers[name].index)):
             largest, beside = max(largest, beside), -math.inf
         found[name] = largest
-        if flow.reached is not None:
-            beside = max(beside, flow.reached.peak)
+        if reached is not None:
+            beside = max(beside, reached.peak)
     return found
+
+
+SETTLED = 4  # one record of so many has a copy of its own of what is taken together
 
 
 class History:
@@ -132,12 +158,16 @@ class History:
 
     def _thin(self) -> None:
         half = max(2, len(self.records) // 2)
-        old, new = self.records[:half], self.records[half:]
-        coarse = [_stride(record.index) for record in old]
-        least = min(coarse[1:])
-        kept = [record for k, (record, c) in enumerate(zip(old, coarse)) if not k or c > least]
-        self.records = kept + new
-        self.size = sum(record.size for record in self.records)
+        coarse = [_stride(record.index) for record in self.records[:half]]
+        least, kept = min(coarse[1:]), []
+        for k, (record, c) in enumerate(zip(self.records, coarse)):
+            if k and c <= least:
+                self.size -= record.size
+                continue
+            kept.append(record)
+            if c >= SETTLED:
+                record.settle()
+        self.records[:half] = kept
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)

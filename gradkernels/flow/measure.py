@@ -5,6 +5,7 @@ Dims: n steps taken together, T time steps, C columns of a leaf, S states.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from gradkernels.flow.history import Block, Flow, Group, Layer, Reach, Record, above
-from gradkernels.flow.numbers import Array, changes, decays, from_the_end, horizons, log10_norm
+from gradkernels.flow.numbers import Array, Decay, changes, decays, from_the_end, horizons, log10_norm
 from gradkernels.flow.points import Residual
+from gradkernels.ops._residual_taps import RESIDUAL, SUBLAYER
 
 Key = tuple[Any, int]  # a point, and the number of its layer
+NOWHERE: Any = None
 
 
 @dataclass
@@ -38,42 +41,150 @@ class Step:
     total: Tensor | None = None  # square of all gradients together, this rank's share of it; NaN: unknown
 
 
-def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
-    """One record for each step, and the points whose leaves were filled to the last row: their sequences may have been longer."""
-    made = [Record(step.number, step.index, {}) for step in steps]
-    ones = torch.ones((), dtype=torch.double)
-    scales = to_host([ones if step.scale is None else step.scale.double() for step in steps])
-    # what has one shape is taken together: numpy, and a device, take longer to be called than to compute
-    together: dict[tuple[Any, ...], list[tuple[int, Layer, Tensor, Any]]] = defaultdict(list)
-    for k, step in enumerate(steps):
-        for (point, at), squares in step.found.items():
-            if isinstance(point, Residual):
-                made[k].blocks[point.name] = block(to_host([squares])[0], scales[k])
-            else:
-                layer: Layer = point.layers[at]
-                made[k].layers[layer.name] = Flow()  # in the order of the model
-                together[len(layer.states), layer.reverse, squares.shape].append((k, layer, squares, point))
-    totals = [step for step in steps if step.total is not None]
-    sums = dict(zip((step.number for step in totals), to_host([s.total for s in totals]).tolist())) if totals else {}
-    full = set()
-    for (S, reverse, shape), rows in together.items():
-        lengths = fill(made, rows, scales, S, reverse)
-        full |= {point for (*_, point), T in zip(rows, lengths) if T == shape[0]}
-    layers = {layer.name: layer for rows in together.values() for _, layer, *_ in rows}
-    for record, step in zip(made, steps):
-        for name, largest in above(record.layers, layers).items():
-            flow = record.layers[name]
+@dataclass
+class Rows:
+    """Layers of S states in one direction at several steps, n rows: what is computed of all of them at once, and as far as somebody
+    asks."""
+
+    layers: list[Layer]  # of each row
+    log10: Array  # [n, T, S or 1] of norms: of the states, or of x
+    squares: Array | None  # [n, T, C], where more was measured
+    scales: Array  # [n]
+
+    @property
+    def back(self) -> Array:
+        return from_the_end(self.log10[:, :, 0], self.layers[0].reverse)
+
+    @functools.cached_property
+    def broken(self) -> list[bool]:
+        found: list[bool] = np.any(~(self.log10 < np.inf), (1, 2)).tolist()
+        return found
+
+    @functools.cached_property
+    def reaches(self) -> list[Reach | None]:
+        return reach(self.back)
+
+    @functools.cached_property
+    def horizons(self) -> list[int | None]:
+        return horizons(self.back)
+
+    @functools.cached_property
+    def decays(self) -> list[Decay | None]:
+        return decays(self.back)
+
+    def size(self, j: int) -> int:
+        """How many numbers row j is."""
+        values = self.log10 if self.squares is None else self.squares
+        return int(values[j].size)
+
+    def alone(self, j: int) -> Rows:
+        """A copy of row j, which keeps no other."""
+        squares = None if self.squares is None else self.squares[j : j + 1].copy()
+        return Rows([self.layers[j]], self.log10[j : j + 1].copy(), squares, self.scales[j : j + 1].copy())
+
+    def flow(self, j: int) -> Flow:
+        """What users see of row j."""
+        layer = self.layers[j]
+        signals = dict(zip(layer.states or ("x",), self.log10[j].T.copy()))
+        flow = Flow(signals, {}, self.horizons[j], self.decays[j], self.reaches[j], self.broken[j])
+        if self.squares is not None:
+            details(flow, layer, self.squares[j], self.scales[j])
+        return flow
+
+
+class Measured(Record):
+    """A record whose flows are made when somebody asks: most are dropped before."""
+
+    def __init__(self, step: int, index: int) -> None:
+        super().__init__(step, index, {})
+        del self.layers  # found below, and kept, at the first look
+        self.rows: dict[str, tuple[Rows, int]] = {}  # in the order of the model
+        self.settled = False
+
+    @functools.cached_property
+    def layers(self) -> dict[str, Flow]:  # type: ignore[override]
+        made = {name: rows.flow(j) for name, (rows, j) in self.rows.items()}
+        layers = {name: rows.layers[j] for name, (rows, j) in self.rows.items()}
+        for name, largest in above(self.reaches, layers).items():
+            flow = made[name]
             # What grows tenfold, and not beyond what is above, came in on the way: it says nothing of a step of the recurrence.
             if flow.reached is not None and flow.reached.top > 1 and flow.reached.peak <= largest + 1:
                 flow.decay = None
-        record.dead = dict(zip(step.dead, to_host([*step.dead.values()]).tolist())) if step.dead else {}
+        return made
+
+    @functools.cached_property
+    def size(self) -> int:  # type: ignore[override]
+        return 8 + sum([rows.size(j) for rows, j in self.rows.values()])
+
+    @property
+    def reaches(self) -> dict[str, Reach | None]:
+        return {name: rows.reaches[j] for name, (rows, j) in self.rows.items()}
+
+    @property
+    def broken(self) -> list[str]:
+        return [name for name, (rows, j) in self.rows.items() if rows.broken[j]]
+
+    @property
+    def detailed(self) -> bool:
+        return any(rows.squares is not None for rows, _ in self.rows.values())
+
+    @property
+    def empty(self) -> bool:
+        return not (self.rows or self.blocks or self.parameters or self.grad_norm is not None)
+
+    def settle(self) -> None:
+        if not self.settled:
+            self.rows = {name: (rows.alone(j), 0) for name, (rows, j) in self.rows.items()}
+            self.settled = True
+
+
+def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
+    """One record for each step, and the points whose leaves were filled to the last row: their sequences may have been longer."""
+    made = [Measured(step.number, step.index) for step in steps]
+    ones = torch.ones((), dtype=torch.double)
+    scales = to_host([ones if step.scale is None else step.scale.double() for step in steps])
+    found: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
+    for k, step in enumerate(steps):
+        for key, squares in step.found.items():
+            found[key].append((k, squares))
+    # what has one shape is taken together: numpy, and a device, take longer to be called than to compute
+    together: dict[tuple[Any, ...], list[tuple[Key, int, Tensor]]] = defaultdict(list)
+    for (point, at), taken in found.items():
+        if isinstance(point, Residual):
+            for (k, _), numbers in zip(taken, to_host([v for _, v in taken])):
+                made[k].blocks[point.name] = block(numbers, scales[k], point.pre)
+            continue
+        layer: Layer = point.layers[at]
+        for k, squares in taken:
+            made[k].rows[layer.name] = NOWHERE  # in the order of the model
+            together[layer.states, layer.reverse, squares.shape].append(((point, at), k, squares))
+    full = set()
+    for (states, _, shape), members in together.items():
+        at_steps, whole = np.array([k for _, k, _ in members]), to_host([v for *_, v in members])
+        S = len(states) or 1  # without states there is x
+        lengths = np.count_nonzero(whole[:, :, S], 1)  # the column of rows
+        for T in np.unique(lengths).tolist():
+            places = np.flatnonzero(lengths == T)
+            of, own = scales[at_steps[places]], whole[places, :T]
+            layers = [point.layers[at] for (point, at), *_ in (members[j] for j in places)]
+            log10 = log10_norm(own[:, :, :S], of[:, None, None]).astype(np.float32)
+            rows = Rows(layers, log10, own if states and shape[1] > S + 1 else None, of)
+            for j, (k, layer) in enumerate(zip(at_steps[places].tolist(), layers)):
+                made[k].rows[layer.name] = rows, j
+            if T == shape[0]:
+                full |= {members[j][0][0] for j in places}
+    totals = [step for step in steps if step.total is not None]
+    sums = dict(zip((step.number for step in totals), to_host([s.total for s in totals]).tolist())) if totals else {}
+    for record, step in zip(made, steps):
+        if step.dead:
+            record.dead = dict(zip(step.dead, to_host([*step.dead.values()]).tolist()))
         if step.parameters:
             values = to_host([*step.parameters.values()])
             record.parameters = {name: group(*row) for name, row in zip(step.parameters, values.tolist())}
             record.grad_norm = math.sqrt(values[:, 1].sum())
         if not math.isnan(total := sums.get(step.number, math.nan)):
             record.grad_norm = math.sqrt(total)
-    return made, full
+    return [*made], full
 
 
 def to_host(tensors: list[Tensor]) -> Array:
@@ -85,37 +196,12 @@ def group(old: float, grad: float, change: float) -> Group:
     return Group(math.sqrt(old), math.sqrt(grad), math.sqrt(change / old) if old > 0 and change >= 0 else None)
 
 
-def block(squares: Array, scale: float) -> Block:
-    """[4] of a block: entrance, exit, residual path, sublayer."""
-    entrance, exit = log10_norm(squares[:2], scale).tolist()
-    paths = float(squares[2] + squares[3])
-    return Block(entrance, exit, float(squares[2]) / paths if 0 < paths < math.inf else None)
-
-
-def fill(
-    made: list[Record], rows: list[tuple[int, Layer, Tensor, Any]], scales: Array, S: int, reverse: bool
-) -> list[int]:
-    """Squares [steps, C] of layers of S states, into the flows of their records; returns how many steps each has."""
-    states = S or 1  # without states there is x
-    squares = to_host([v for _, _, v, _ in rows])
-    log10 = log10_norm(squares[:, :, :states], scales[[k for k, *_ in rows], None, None]).astype(np.float32)
-    lengths = np.count_nonzero(squares[:, :, states], 1)
-    for T in np.unique(lengths).tolist():
-        at = np.flatnonzero(lengths == T)
-        log = log10[at, :T]
-        back = from_the_end(log[:, :, 0], reverse)
-        broken = np.any(~(log < np.inf), (1, 2)).tolist()
-        numbers = zip(at.tolist(), log, horizons(back), decays(back), reach(back), broken)
-        for j, values, far, line, reached, bad in numbers:
-            k, layer, *_ = rows[j]
-            flow = made[k].layers[layer.name]
-            own = values.T.copy()  # a view would keep the others alive
-            flow.signals = dict(zip(layer.states or ("x",), own))
-            flow.horizon, flow.decay, flow.reached, flow.broken = far, line, reached, bad
-            if S and squares.shape[2] > S + 1:
-                details(flow, layer, squares[j, :T], scales[k])
-    steps: list[int] = lengths.tolist()
-    return steps
+def block(squares: Array, scale: float, pre: bool) -> Block:
+    """[4] of a block, as `ops._residual_taps` has it."""
+    entrance, residual, _, exit = log10_norm(squares, scale).tolist()
+    paths = float(squares[RESIDUAL] + squares[SUBLAYER])
+    share = float(squares[RESIDUAL]) / paths if 0 < paths < math.inf else None
+    return Block(entrance, residual if pre else exit, share)
 
 
 def details(flow: Flow, layer: Layer, squares: Array, scale: float) -> None:

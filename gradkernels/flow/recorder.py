@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Of so many recorded steps one measures everything; before that the first, second, third, fifth, ninth ...
 DETAILED = 128
-TOGETHER = 64  # recorded steps are read together
+TOGETHER = 128  # recorded steps are read together
 TOGETHER_RANKS = 16  # and summed over ranks
 SKIPS = 10  # steps that a scaler may skip, one after the other, until its scale fits
 SPECTRA = 64  # steps with spectra that are kept
@@ -111,6 +111,8 @@ class Recorder:
         self._silent, self._heard, self._closed, self._read = 0, False, False, time.monotonic()
         self._weights = Weights(model)
         self._mine: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._last: tuple[Callable[[], Optimizer | None], bool] = (lambda: None), False
+        self._level = OFF  # what the step under way measures
         for module in model.modules():
             _watched[module] = weakref.ref(self)
         self._hook(model)
@@ -147,24 +149,26 @@ class Recorder:
 
     def _updates(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer has a parameter of the model."""
+        last, mine = self._last
+        if last() is optimizer:  # most models have one
+            return mine
         if optimizer not in self._mine:
             if (model := self.model()) is not None:
                 self._weights.groups = groups(model)  # a wrapper may have replaced parameters since
             self._mine[optimizer] = self._weights.touched_by(optimizer)
+        self._last = weakref.ref(optimizer), self._mine[optimizer]
         return self._mine[optimizer]
 
-    @property
-    def _level(self) -> int:
-        """What the step under way measures."""
-        if self._closed or self.step_count % self.every:
-            return OFF
-        index = self.step_count // self.every
-        return DETAILS if index % DETAILED == 0 or (index < DETAILED and not index & (index - 1)) else NORMS
-
     def _arm(self) -> None:
-        level = self._level
-        for point in self._points:
-            if point.level != level:
+        """Decide what the step that begins measures."""
+        index, rest = divmod(self.step_count, self.every)
+        if self._closed or rest:
+            level = OFF
+        else:
+            level = DETAILS if index % DETAILED == 0 or (index < DETAILED and not index & (index - 1)) else NORMS
+        if level != self._level:
+            self._level = level
+            for point in self._points:
                 point.arm(level)
 
     def _before_update(self, optimizer: Optimizer) -> None:
@@ -184,8 +188,7 @@ class Recorder:
             with self._lock:
                 self._collect(level)
         self.step_count += 1
-        if self._level != level:
-            self._arm()
+        self._arm()
         if self.spectra is not None and (self.step_count - 1) % self.spectra == 0:
             self._take_spectra()
         many = len(self._pending)
@@ -247,7 +250,7 @@ class Recorder:
             made, full = records(pending) if pending else ([], set())
             self._short |= {point for point in full if not point.seen}
             for record in made:
-                if not (record.layers or record.blocks or record.parameters or record.grad_norm is not None):
+                if record.empty:
                     continue
                 self._history.append(record)
                 if self.clip is not None and record.grad_norm is not None and math.isfinite(record.grad_norm):

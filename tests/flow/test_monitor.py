@@ -20,6 +20,7 @@ from torch import nn
 import gradkernels as gk
 from gradkernels.flow.history import History, Record
 from gradkernels.flow.numbers import decays, horizons
+from gradkernels.flow.recorder import TOGETHER
 from tests import place
 from tests.flow.monitored import Small
 
@@ -405,8 +406,8 @@ def test_a_long_run_keeps_memory_bounded():
     for _ in range(50_000):
         model.probes[0].grad = torch.ones(model.probes[0].shape, dtype=torch.double)
         monitor.step()
-    assert len(monitor.history) <= 50 and monitor.step_count == 50_000 and len(monitor._pending) <= 64
-    assert len(monitor._untold) <= 64 and len(monitor._alerts.found) <= 1000
+    assert len(monitor.history) <= 50 and monitor.step_count == 50_000 and len(monitor._pending) <= TOGETHER
+    assert len(monitor._untold) <= TOGETHER and len(monitor._alerts.found) <= 1000
 
 
 def test_a_long_run_leaves_nothing_behind():
