@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.tasks import HIDDEN, label, place, places
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SECTION = re.compile(r"<!-- results: (.*?) -->\n(.*?)<!-- end of results -->\n", re.DOTALL)
@@ -116,12 +118,32 @@ def cells(report: dict[str, Any], path: Path) -> list[str]:
     return lines
 
 
-SUITES = {"recurrent": recurrent, "layers": layers, "cells": cells}
+def tasks(report: dict[str, Any], path: Path) -> list[str]:
+    rows, about = report["rows"], report["options"]
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    delays = sorted({row["delay"] for row in rows})
+    found = {task: places([row for row in rows if row["task"] == task]) for task in names}
+    lines = [
+        (
+            f"Models of {HIDDEN} units after {about['steps']:,} training steps, {about['seeds']} seeds: the median share of right answers, and how many "
+            f"seeds solved the task, nine tenths right in every batch to the end; [how it was counted]({path.with_suffix('.md')}):"
+        ),
+        "",
+        "| | " + " | ".join(f"{task} {delay}" for task in names for delay in delays) + " |",
+        "|---|" + "--:|" * len(names) * len(delays),
+    ]
+    for model in dict.fromkeys(model for task in names for model in found[task]):
+        columns = [place(found[task].get(model, {}).get(delay, [])) for task in names for delay in delays]
+        lines.append(f"| {label(*model)} | {' | '.join(columns)} |")
+    return lines
+
+
+SUITES = {"recurrent": recurrent, "layers": layers, "cells": cells, "tasks": tasks}
 
 
 def section(report: dict[str, Any], path: Path) -> str:
     """The text between the README's two marks for a report at `path`, relative to the repository."""
-    return "\n".join(SUITES[report["suite"]](report, path)) + "\n"
+    return "\n".join(SUITES[report.get("suite", path.stem)](report, path)) + "\n"
 
 
 def rewritten(readme: str, given: dict[str, Path] | None = None) -> str:
