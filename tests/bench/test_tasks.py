@@ -55,3 +55,18 @@ def test_command(body, horizon, monkeypatch, tmp_path, capsys):
         text == markdown(found) and text in capsys.readouterr().out and ("horizon" in text.split("## ")[1]) == horizon
     )
     assert tasks.main(["--filter", "transformer"]) == 1
+
+
+def test_what_the_readme_says_is_not_solved():
+    """Seeds that fail, by model, over delays of 10, 30 and 100: whoever measures anew writes that list anew."""
+    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())["rows"]
+    failed = {}
+    for row in rows:
+        counts = failed.setdefault((row["task"], tasks.label(row["body"], row["init"])), dict.fromkeys(tasks.DELAYS, 0))
+        counts[row["delay"]] += row["solved_at"] is None
+    simple, gated = ("rnn_tanh", "rnn_tanh, orthogonal"), ("lstm", "lstm, chrono", "gru", "gru, chrono")
+    want = {("adding", name): (0, 0, name == "lstm") for name in gated}
+    want |= {("adding", name): (3, 3, 3) for name in simple} | {("copy", name): (3, 3, 3) for name in simple + gated}
+    want |= {("adding", "attention"): (0, 0, 1), ("copy", "attention"): (0, 0, 0)}
+    want |= {("adding", "convolution"): (0, 2, 3), ("copy", "convolution"): (3, 0, 2)}
+    assert {name: tuple(counts.values()) for name, counts in failed.items()} == want
