@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.tasks import HIDDEN, label, place, places
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SECTION = re.compile(r"<!-- results: (.*?) -->\n(.*?)<!-- end of results -->\n", re.DOTALL)
@@ -23,8 +25,12 @@ LAYERS = {
     "the same, bfloat16": "attention 512,8,512 MODE bf16 8 heads",
     "the same, dropout 0.1": "attention 512,8,512 MODE 8 heads dropout 0.1",
     "causal attention, 2,048 tokens, batch 2, 8 heads of 64": "attention 2048,2,512 MODE 8 heads",
-    "`norm(residual + dropout(x))`, 4,096 rows of 512": "residual norm 512,8,512 MODE dropout 0.1",
-    "dilated convolution, 2,048 tokens, batch 4, 64 channels": "causal conv 2048,4,64 MODE 2 taps, dilation 16",
+    "attention block of 512, 512 tokens, batch 8: projections, norm and residual path too": "attention block 512,8,512 MODE 8 heads",
+    "`norm(residual + dropout(x))`, 4,096 rows of 512, dropout 0.1": "residual norm 512,8,512 MODE dropout 0.1",
+    "the same, no dropout": "residual norm 512,8,512 MODE",
+    "`LayerNorm` alone, 4,096 rows of 512": "layer norm 512,8,512 MODE",
+    "dilated convolution, 2,048 tokens, batch 4, 64 channels, 2 taps": "causal conv 2048,4,64 MODE 2 taps, dilation 16",
+    "dilated convolution, 512 tokens, batch 8, 256 channels, 3 taps": "causal conv 512,8,256 MODE 3 taps, dilation 4",
 }
 CELLS = {
     "LSTM, layer norm inside": "lstm_layer_norm SHAPE training",
@@ -103,7 +109,7 @@ def cells(report: dict[str, Any], path: Path) -> list[str]:
     lines = [
         (
             "The family of cells, training, same machine, T = 128, H = 256: how many times faster than the Python loop that people write, than that "
-            f"loop with its step in `torch.compile`, and than our plain layer, per gate; [all rows]({path.with_suffix('.md')}):"
+            f"loop with its step in `torch.compile`, and than our plain LSTM, GRU or RNN, per gate (1.00x: what is added to a step costs nothing); a dash is not measured; [all rows]({path.with_suffix('.md')}):"
         ),
         "",
         "| | loop, B = 32 | compiled | plain | loop, B = 1 | compiled | plain |",
@@ -116,12 +122,32 @@ def cells(report: dict[str, Any], path: Path) -> list[str]:
     return lines
 
 
-SUITES = {"recurrent": recurrent, "layers": layers, "cells": cells}
+def tasks(report: dict[str, Any], path: Path) -> list[str]:
+    rows, about = report["rows"], report["options"]
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    delays = sorted({row["delay"] for row in rows})
+    found = {task: places([row for row in rows if row["task"] == task]) for task in names}
+    lines = [
+        (
+            f"Models of {HIDDEN} units after {about['steps']:,} training steps, {about['seeds']} seeds: the median share of right answers, and how many "
+            f"seeds solved the task, nine tenths right in every batch to the end; [how it was counted]({path.with_suffix('.md')}):"
+        ),
+        "",
+        "| | " + " | ".join(f"{task} {delay}" for task in names for delay in delays) + " |",
+        "|---|" + "--:|" * len(names) * len(delays),
+    ]
+    for model in dict.fromkeys(model for task in names for model in found[task]):
+        columns = [place(found[task].get(model, {}).get(delay, [])) for task in names for delay in delays]
+        lines.append(f"| {label(*model)} | {' | '.join(columns)} |")
+    return lines
+
+
+SUITES = {"recurrent": recurrent, "layers": layers, "cells": cells, "tasks": tasks}
 
 
 def section(report: dict[str, Any], path: Path) -> str:
     """The text between the README's two marks for a report at `path`, relative to the repository."""
-    return "\n".join(SUITES[report["suite"]](report, path)) + "\n"
+    return "\n".join(SUITES[report.get("suite", path.stem)](report, path)) + "\n"
 
 
 def rewritten(readme: str, given: dict[str, Path] | None = None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import gradkernels as gk
+from bench import flow, table, tasks
 from bench.readme import rewritten
 from gradkernels import demo
 from gradkernels.__main__ import main
@@ -24,6 +25,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORTS = [p for p in sorted((ROOT / "bench" / "results").rglob("*.json")) if p.with_suffix(".md").exists()]
 README = (ROOT / "README.md").read_text()
 
 
@@ -204,6 +206,18 @@ def test_readme_examples_run(tmp_path):
 
 def test_readme_numbers_are_those_of_the_committed_report():
     assert rewritten(README) == README, "python -m bench.readme makes the table again"
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda p: p.stem)
+def test_committed_pages_are_those_of_their_reports(path):
+    report, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    if path.stem in ("flow", "tasks"):
+        assert page == {"flow": flow, "tasks": tasks}[path.stem].markdown(report)
+        return
+    pictures = [p.name for p in (path.with_suffix(".png"), path.with_name(f"{path.stem}_more.png")) if p.exists()]
+    reasons = path.with_name("reasons.json")
+    known = json.loads(reasons.read_text()) if reasons.exists() else None
+    assert page == table.markdown(report, known, pictures), f"python -m bench.plot {path} makes the page again"
 
 
 def test_readme_links_and_commands_exist():
