@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from gradkernels.flow.history import Block, Flow, Group, Layer, Reach, Record, above
 from gradkernels.flow.numbers import Array, Decay, changes, decays, from_the_end, horizons, log10_norm
 from gradkernels.flow.points import Residual
-from gradkernels.ops._residual_taps import RESIDUAL, SUBLAYER
+from gradkernels.ops._residual_taps import ENTRANCE, EXIT, RESIDUAL, SUBLAYER
 
 Key = tuple[Any, int]  # a point, and the number of its layer
 NOWHERE: Any = None
@@ -151,8 +152,9 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
     together: dict[tuple[Any, ...], list[tuple[Key, int, Tensor]]] = defaultdict(list)
     for (point, at), taken in found.items():
         if isinstance(point, Residual):
-            for (k, _), numbers in zip(taken, to_host([v for _, v in taken])):
-                made[k].blocks[point.name] = block(numbers, scales[k], point.pre)
+            steps_of = [k for k, _ in taken]
+            for k, block in zip(steps_of, blocks(to_host([v for _, v in taken]), scales[steps_of], point.pre)):
+                made[k].blocks[point.name] = block
             continue
         layer: Layer = point.layers[at]
         for k, squares in taken:
@@ -196,12 +198,15 @@ def group(old: float, grad: float, change: float) -> Group:
     return Group(math.sqrt(old), math.sqrt(grad), math.sqrt(change / old) if old > 0 and change >= 0 else None)
 
 
-def block(squares: Array, scale: float, pre: bool) -> Block:
-    """[4] of a block, as `ops._residual_taps` has it."""
-    entrance, residual, _, exit = log10_norm(squares, scale).tolist()
-    paths = float(squares[RESIDUAL] + squares[SUBLAYER])
-    share = float(squares[RESIDUAL]) / paths if 0 < paths < math.inf else None
-    return Block(entrance, residual if pre else exit, share)
+def blocks(squares: Array, scales: Array, pre: bool) -> Iterator[Block]:
+    """[n, 4] of a block at n steps, as `ops._residual_taps` has it."""
+    log10 = log10_norm(squares, scales[:, None])
+    residual, paths = squares[:, RESIDUAL], squares[:, RESIDUAL] + squares[:, SUBLAYER]
+    known = (paths > 0) & (paths < math.inf)
+    share = np.divide(residual, paths, out=np.zeros_like(paths), where=known)
+    columns = log10[:, ENTRANCE], log10[:, RESIDUAL if pre else EXIT], share, known
+    for entrance, exit, part, is_known in zip(*(column.tolist() for column in columns)):
+        yield Block(entrance, exit, part if is_known else None)
 
 
 def details(flow: Flow, layer: Layer, squares: Array, scale: float) -> None:

@@ -33,9 +33,11 @@ def squares_packed(g: Tensor, batch_sizes: Tensor) -> Tensor:
     return token.new_zeros(batch_sizes.shape[0]).index_add(0, step, token)
 
 
-def joined(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b, and the squared norms [3] of it, of a and of b."""
+def joined(a: Tensor, b: Tensor, norms: Tensor) -> Tensor:
+    """a + b; the squared norms of it, of a and of b become the first three of `norms`."""
     if not torch.is_grad_enabled() and _by_kernels(a, b):
-        return kernels.joined(a, b)
+        return kernels.joined(a, b, norms)
     both = a + b
-    return both, torch.stack([squares(v.detach()) for v in (both, a, b)])
+    for k, v in enumerate((both, a, b)):
+        norms[k] = squares(v.detach())
+    return both
