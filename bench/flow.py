@@ -5,7 +5,7 @@ python -m bench.flow --filter 'GRU|RNN' --budget 60 --json out.json
 python -m bench.flow --save               and bench/results/<device>/flow.{json,md}
 
 Two models that are alike take turns of some twenty milliseconds, so that a machine that grows slower does so for both, and turns side by
-side are compared. In 128 steps a monitor looks at everything once and makes records now and then: turns with that in them are kinds of their own,
+side are compared. In 128 steps a monitor looks at everything once and makes records once: turns with that in them are kinds of their own,
 each kind counts by its median, as often as it comes. Then the other model is watched: what one of them owes to its place in memory is in
 the mean of both once with either sign, and half their difference is that luck.
 
