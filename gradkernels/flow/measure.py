@@ -146,8 +146,10 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
     scales = to_host([ones if step.scale is None else step.scale.double() for step in steps])
     found: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
     for k, step in enumerate(steps):
-        for key, squares in step.found.items():
-            found[key].append((k, squares))
+        for (point, at), squares in step.found.items():
+            found[point, at].append((k, squares))
+            if not isinstance(point, Residual):
+                made[k].rows[point.layers[at].name] = NOWHERE  # in the order of the model
     # what has one shape is taken together: numpy, and a device, take longer to be called than to compute
     together: dict[tuple[Any, ...], list[tuple[Key, int, Tensor]]] = defaultdict(list)
     for (point, at), taken in found.items():
@@ -158,7 +160,6 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
             continue
         layer: Layer = point.layers[at]
         for k, squares in taken:
-            made[k].rows[layer.name] = NOWHERE  # in the order of the model
             together[layer.states, layer.reverse, squares.shape].append(((point, at), k, squares))
     full = set()
     for (states, _, shape), members in together.items():
@@ -167,10 +168,10 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
         lengths = np.count_nonzero(whole[:, :, S], 1)  # the column of rows
         for T in np.unique(lengths).tolist():
             places = np.flatnonzero(lengths == T)
-            of, own = scales[at_steps[places]], whole[places, :T]
+            scale, own = scales[at_steps[places]], whole[places, :T]
             layers = [point.layers[at] for (point, at), *_ in (members[j] for j in places)]
-            log10 = log10_norm(own[:, :, :S], of[:, None, None]).astype(np.float32)
-            rows = Rows(layers, log10, own if states and shape[1] > S + 1 else None, of)
+            log10 = log10_norm(own[:, :, :S], scale[:, None, None]).astype(np.float32)
+            rows = Rows(layers, log10, own if states and shape[1] > S + 1 else None, scale)
             for j, (k, layer) in enumerate(zip(at_steps[places].tolist(), layers)):
                 made[k].rows[layer.name] = rows, j
             if T == shape[0]:

@@ -410,6 +410,19 @@ def test_a_long_run_keeps_memory_bounded():
     assert len(monitor._untold) <= TOGETHER and len(monitor._alerts.found) <= 1000
 
 
+def test_layers_are_in_the_order_of_the_model_whichever_ran_first():
+    model = nn.ModuleList([gk.nn.GRU(2, 2), gk.nn.LSTM(2, 2)])
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.randn(4, 1, 2)
+    with gk.flow.watch(model) as monitor:
+        for first in (1, 0):
+            y = x
+            for layer in [*model][first:]:
+                y, _ = layer(y)
+            y.sum().backward()
+            optimizer.step()
+    assert [[*record.layers] for record in monitor.history] == [["1.l0"], ["0.l0", "1.l0"]]
+
+
 def test_a_long_run_leaves_nothing_behind():
     """Training itself, whose Python memory and tensors are as many after five hundred steps as after two hundred."""
     model = nn.Sequential(gk.nn.AttentionBlock(3, 1, norm="post"), small())
