@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradkernels.flow.history import Flow, Layer, Record, above
+from gradkernels.flow.measure import Measured
 from gradkernels.flow.numbers import HORIZON, changes, from_the_end
 
 QUIET = 64  # records that a condition has to be gone for before it begins anew
@@ -145,7 +146,7 @@ class Candidate(NamedTuple):
     say: Callable[[], tuple[int | None, str]]  # the time step, and what there is to say
 
 
-def candidates(record: Record, layers: dict[str, Layer], thresholds: Thresholds) -> Iterator[Candidate]:
+def candidates(record: Measured, layers: dict[str, Layer], thresholds: Thresholds) -> Iterator[Candidate]:
     """What is wrong in this record, the most fundamental first."""
     broken = record.broken
     for name in reversed(broken):  # in the order of backward, so that the first is where it began
@@ -279,7 +280,9 @@ class Alerts:
         self._broken = 0
         self._seen: dict[tuple[str, str], tuple[int, int]] = {}  # the last record with it, and how many there were
 
-    def look(self, record: Record, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True) -> list[Alert]:
+    def look(
+        self, record: Measured, layers: dict[str, Layer], thresholds: Thresholds, keep: bool = True
+    ) -> list[Alert]:
         """What this record has and the ones before had not; `keep`: remember it."""
         broken = self._broken + 1 if record.broken else 0
         if keep:

@@ -94,26 +94,6 @@ class Record:
         flows = self.layers.values()
         return 8 + sum(v.size for flow in flows for v in (*flow.signals.values(), *flow.saturation.values()))
 
-    @property
-    def reaches(self) -> dict[str, Reach | None]:
-        """How far the gradient has come in each layer."""
-        return {name: flow.reached for name, flow in self.layers.items()}
-
-    @property
-    def broken(self) -> list[str]:
-        """The layers in which something is no finite number."""
-        return [name for name, flow in self.layers.items() if flow.broken]
-
-    @property
-    def detailed(self) -> bool:
-        """Whether more than the norms of states was measured in layers."""
-        return any(flow.saturation for flow in self.layers.values())
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was measured."""
-        return not (self.layers or self.blocks or self.parameters or self.grad_norm is not None)
-
     def settle(self) -> None:
         """Let go of what it shares with other records."""
 

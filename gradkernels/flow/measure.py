@@ -119,18 +119,22 @@ class Measured(Record):
 
     @property
     def reaches(self) -> dict[str, Reach | None]:
+        """How far the gradient has come in each layer."""
         return {name: rows.reaches[j] for name, (rows, j) in self.rows.items()}
 
     @property
     def broken(self) -> list[str]:
+        """The layers in which something is no finite number."""
         return [name for name, (rows, j) in self.rows.items() if rows.broken[j]]
 
     @property
     def detailed(self) -> bool:
+        """Whether more than the norms of states was measured in layers."""
         return any(rows.squares is not None for rows, _ in self.rows.values())
 
     @property
     def empty(self) -> bool:
+        """Whether nothing was measured."""
         return not (self.rows or self.blocks or self.parameters or self.grad_norm is not None)
 
     def settle(self) -> None:
@@ -139,7 +143,7 @@ class Measured(Record):
             self.settled = True
 
 
-def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
+def records(steps: list[Step]) -> tuple[list[Measured], set[Any]]:
     """One record for each step, and the points whose leaves were filled to the last row: their sequences may have been longer."""
     made = [Measured(step.number, step.index) for step in steps]
     ones = torch.ones((), dtype=torch.double)
@@ -187,7 +191,7 @@ def records(steps: list[Step]) -> tuple[list[Record], set[Any]]:
             record.grad_norm = math.sqrt(values[:, 1].sum())
         if not math.isnan(total := sums.get(step.number, math.nan)):
             record.grad_norm = math.sqrt(total)
-    return [*made], full
+    return made, full
 
 
 def to_host(tensors: list[Tensor]) -> Array:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradkernels.flow.alerts import Alert
 from gradkernels.flow.history import Block, Flow, Record
-from gradkernels.flow.measure import Step, records
+from gradkernels.flow.measure import Measured, Step, records
 from gradkernels.flow.points import Residual
 from gradkernels.flow.recorder import NOTHING, Recorder
 from gradkernels.flow.snapshot import snapshot
@@ -35,7 +35,7 @@ class Monitor(Recorder):
     def _blocks(self) -> list[str]:
         return [point.name for point in self._points if isinstance(point, Residual)]
 
-    def _now(self) -> Record | None:
+    def _now(self) -> Measured | None:
         """A record of what the step under way has measured so far."""
         found = {} if self._captured else self._found()
         if not found or self.group is not None:
@@ -184,7 +184,7 @@ def watch(model: nn.Module, every: int = 1, scaler: Any = None, **options: Any) 
             update, and ``snapshot()["clip_rate"]`` is the share of these steps at which it was as large.
         thresholds: :class:`Thresholds` of alerts, and for how many records a gradient has to vanish before it is one.
         on_alert: called with every new :class:`Alert`; None warns, once a kind and layer. What it raises is raised.
-        raise_on: kinds of alerts that raise :class:`FlowError`, at most 64 recorded steps or a second late.
+        raise_on: kinds of alerts that raise :class:`FlowError`, at most 128 recorded steps or a second late.
         log: called with every record: :class:`TensorBoardLog`, :class:`JsonlLog`, :class:`DictLog`, or anything that takes one; one or several.
             A sink that raises ends no training: it is warned of, and called no more.
         group: process group whose ranks average their gradients; found in a model wrapped by DDP or FSDP before.

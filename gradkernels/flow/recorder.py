@@ -162,7 +162,7 @@ class Recorder:
     def _arm(self) -> None:
         """Decide what the step that begins measures."""
         index, rest = divmod(self.step_count, self.every)
-        if self._closed or rest:
+        if rest:
             level = OFF
         else:
             level = DETAILS if index % DETAILED == 0 or (index < DETAILED and not index & (index - 1)) else NORMS

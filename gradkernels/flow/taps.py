@@ -18,7 +18,7 @@ from torch.autograd.function import Function
 
 from gradkernels.ops._recurrent_taps import fit
 from gradkernels.ops._residual_taps import ENTRANCE, RESIDUAL, SUBLAYER, at
-from gradkernels.ops._squares import squares, squares_packed
+from gradkernels.ops._squares import squares, squares_of_steps
 
 # ---------------------------------------------------------------- what autograd sees
 
@@ -36,8 +36,7 @@ class Tap(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (batch_sizes,) = ctx.saved_tensors
-        own = g.detach()
-        found = squares(own, ctx.time) if batch_sizes is None else squares_packed(own, batch_sizes)
+        found = squares_of_steps(g.detach(), batch_sizes, ctx.time)
         return g, fit(torch.stack([found, torch.ones_like(found)], 1), ctx.shape), None, None
 
 

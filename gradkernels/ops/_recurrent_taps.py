@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradkernels.cells import Cell
 from gradkernels.ops._constant import constant
-from gradkernels.ops._squares import squares, squares_packed
+from gradkernels.ops._squares import squares_of_steps
 
 ROWS = 4
 # sign (|v - centre| - width) > 0 is saturated: beyond that an activation hands on less than a fifth of its largest derivative.
@@ -117,11 +117,7 @@ def measured(
     """All columns of the probe, [T, width]. The gradient of an input that wants none is not there, and counts as 0."""
     if width == cell.S + 1:
         return norms
-    if dx is None:
-        of_x = norms.new_zeros(norms.shape[0])
-    else:
-        dx = dx.detach()
-        of_x = squares(dx, 0) if batch_sizes is None else squares_packed(dx, batch_sizes)
+    of_x = norms.new_zeros(norms.shape[0]) if dx is None else squares_of_steps(dx.detach(), batch_sizes)
     columns = [norms, of_x.unsqueeze(1)]
     if width > cell.S + 2:
         columns.append(saturation(cell, saved[0], saved[1:], batch_sizes, lengths))

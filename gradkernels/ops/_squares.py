@@ -26,8 +26,10 @@ def squares(g: Tensor, time: int | None = None, less: Tensor | None = None) -> T
     return norm.square()
 
 
-def squares_packed(g: Tensor, batch_sizes: Tensor) -> Tensor:
-    """The same of each step of a packed gradient [N, ..]: [T]."""
+def squares_of_steps(g: Tensor, batch_sizes: Tensor | None, time: int = 0) -> Tensor:
+    """The squared norm of each step of a gradient whose steps are dimension `time`, or of a packed one [N, ..]: [T]."""
+    if batch_sizes is None:
+        return squares(g, time)
     token = squares(g, 0)
     step = torch.repeat_interleave(batch_sizes).to(g.device, non_blocking=True)
     return token.new_zeros(batch_sizes.shape[0]).index_add(0, step, token)

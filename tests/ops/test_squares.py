@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradkernels.ops import _squares
-from gradkernels.ops._squares import joined, squares, squares_packed
+from gradkernels.ops._squares import joined, squares, squares_of_steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -81,7 +81,7 @@ def test_joined_is_differentiable():
 def test_packed():
     g, sizes = torch.randn(6, 3), torch.tensor([3, 2, 1])
     want = torch.stack([v.double().square().sum() for v in g.split(sizes.tolist())])
-    close(squares_packed(g, sizes), want)
+    close(squares_of_steps(g, sizes), want)
 
 
 def test_the_same_bits_for_any_number_of_threads():
